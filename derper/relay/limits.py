@@ -1,0 +1,56 @@
+"""Token buckets and the numbers that bound what one client can cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from ..wire.frames import MAX_PACKET
+from ..wire.keys import KEY_LEN
+
+__all__ = ["MIN_BURST", "QUEUE_DEPTH", "Limits", "TokenBucket"]
+
+QUEUE_DEPTH: Final = 32  #: packets queued for a client that does not read (derpserver, defaultPerClientSendQueueDepth)
+MIN_BURST: Final = MAX_PACKET + KEY_LEN  #: bytes; a bucket must hold at least one largest frame
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Limits that can change while the relay runs; zero means none."""
+
+    client_bytes_per_second: int = 0
+    client_burst_bytes: int = 0
+    accept_per_second: float = 0.0
+    accept_burst: int = 0
+    write_timeout: float = 2.0  #: seconds that a client's socket may stay full
+    mesh_write_timeout: float = 30.0  #: the same for a mesh peer
+
+    def client_bucket(self, now: float) -> TokenBucket | None:
+        """The bucket of a new client, or None without a limit."""
+        if not self.client_bytes_per_second:
+            return None
+        return TokenBucket(self.client_bytes_per_second, max(self.client_burst_bytes, MIN_BURST), now)
+
+
+class TokenBucket:
+    """`rate` tokens per second, at most `burst` of them saved."""
+
+    __slots__ = ("_burst", "_rate", "_stamp", "_tokens")
+
+    def __init__(self, rate: float, burst: float, now: float) -> None:
+        self._rate = rate
+        self._burst = self._tokens = float(burst)
+        self._stamp = now
+
+    def take(self, amount: float, now: float) -> float:
+        """Take tokens, into debt if need be; seconds to wait until the debt is paid (0.0 if there is none)."""
+        self._tokens = min(self._burst, self._tokens + (now - self._stamp) * self._rate) - amount
+        self._stamp = now
+        return 0.0 if self._tokens >= 0 else -self._tokens / self._rate
+
+    def allow(self, now: float) -> bool:
+        """Take one token if there is one."""
+        tokens = min(self._burst, self._tokens + (now - self._stamp) * self._rate)
+        self._stamp = now
+        self._tokens = tokens - 1 if tokens >= 1 else tokens
+        return tokens >= 1

@@ -1,0 +1,214 @@
+"""Who is connected here, who is reachable through which mesh peer, and who must be told (derpserver.go).
+
+The table holds three kinds of facts:
+
+* **local clients**: for each key its active session.  A key may be connected more than once (a client
+  that changed networks, or a cloned key); then the session that spoke last is the active one.
+* **forwarders**: for each key of a client on another relay of the region, the mesh peer that leads to
+  it.  The first one registered is used; others take over when it goes.
+* **interest**: the watchers (mesh peers) that hear of every arrival and departure, and for each key the
+  sessions that received packets from it, which are told when it leaves the region.
+
+A local client always wins over a forwarder, and a forwarded packet is never forwarded again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from ..wire import frames
+from ..wire.frames import PeerGoneReason
+from .counters import Counters
+
+if TYPE_CHECKING:
+    from .session import Session
+
+__all__ = ["Forwarder", "Router"]
+
+
+class Forwarder(Protocol):
+    """A mesh peer through which packets can leave."""
+
+    def forward(self, src: bytes, dst: bytes, chunk: bytes, now: float) -> None:
+        """Send the packets of a run of RECV_PACKET frames from `src` onwards to `dst`."""
+
+
+class _Duplicates:
+    """The sessions that share one key."""
+
+    __slots__ = ("history", "sessions")
+
+    def __init__(self, first: Session, second: Session) -> None:
+        self.sessions: set[Session] = {first, second}
+        self.history: list[Session] = [first, second]  # who connected or spoke last is at the end; each at most once
+
+    def note(self, session: Session) -> None:
+        if self.history[-1] is not session:
+            if session in self.history:
+                self.history.remove(session)
+            self.history.append(session)
+
+    def remove(self, session: Session) -> None:
+        self.sessions.discard(session)
+        if session in self.history:
+            self.history.remove(session)
+
+
+class Router:
+    """The routing table of one relay.  `public_key` is the relay's own."""
+
+    def __init__(self, public_key: bytes, counters: Counters) -> None:
+        self.public_key = public_key
+        self.counters = counters
+        #: key -> active session.  The hot path reads it directly.
+        self.active: dict[bytes, Session] = {}
+        #: key -> mesh peers that lead to it, the preferred one first.  The hot path reads it directly.
+        self.forwarders: dict[bytes, tuple[Forwarder, ...]] = {}
+        self.watchers: set[Session] = set()
+        self._duplicates: dict[bytes, _Duplicates] = {}
+        self._interested: dict[bytes, set[Session]] = {}
+
+    # -- local clients ------------------------------------------------------------------------------
+
+    def register(self, session: Session) -> None:
+        """`session` has logged in and may receive packets."""
+        key = session.key
+        previous = self.active.get(key)
+        if previous is not None:
+            self._register_duplicate(previous, session)
+        self.active[key] = session
+        self.counters.current_connections += 1
+        if session.not_ideal:
+            self.counters.current_notideal_connections += 1
+        self._broadcast(session.present_frame())
+
+    def unregister(self, session: Session) -> None:
+        """`session` is closed: forget it, and tell those who care if it was the last one with its key."""
+        key = session.key
+        duplicates = self._duplicates.get(key)
+        if duplicates is not None:
+            self._unregister_duplicate(duplicates, session)
+        else:
+            del self.active[key]
+            if key not in self.forwarders:
+                self._gone_from_region(key)
+            self._broadcast(frames.peer_gone(key, PeerGoneReason.DISCONNECTED))
+        self.watchers.discard(session)
+        for source in session.sources:
+            self._lose_interest(source, session)
+        session.sources.clear()
+        self.counters.current_connections -= 1
+        if session.preferred:
+            self.counters.current_home_connections -= 1
+        if session.not_ideal:
+            self.counters.current_notideal_connections -= 1
+
+    def note_activity(self, session: Session) -> None:
+        """A session that shares its key spoke: it becomes the active one (lastWriterIsActive)."""
+        duplicates = self._duplicates.get(session.key)
+        if duplicates is not None:
+            duplicates.note(session)
+            self.active[session.key] = session
+
+    def sessions_of(self, key: bytes) -> tuple[Session, ...]:
+        """All sessions with this key."""
+        duplicates = self._duplicates.get(key)
+        if duplicates is not None:
+            return tuple(duplicates.sessions)
+        session = self.active.get(key)
+        return () if session is None else (session,)
+
+    def sessions(self) -> list[Session]:
+        """All sessions of all clients."""
+        return [session for key in self.active for session in self.sessions_of(key)]
+
+    @property
+    def duplicate_keys(self) -> int:
+        """How many keys are connected more than once."""
+        return len(self._duplicates)
+
+    @property
+    def duplicate_connections(self) -> int:
+        """How many sessions share their key with another."""
+        return sum(len(duplicates.sessions) for duplicates in self._duplicates.values())
+
+    def _register_duplicate(self, previous: Session, session: Session) -> None:
+        duplicates = self._duplicates.get(session.key)
+        if duplicates is None:
+            self._duplicates[session.key] = _Duplicates(previous, session)
+            previous.is_duplicate = True
+        else:
+            duplicates.sessions.add(session)
+            duplicates.note(session)
+        session.is_duplicate = True
+        self.counters.total_dup_client_conns += 1
+
+    def _unregister_duplicate(self, duplicates: _Duplicates, session: Session) -> None:
+        duplicates.remove(session)
+        self.active[session.key] = duplicates.history[-1]
+        if len(duplicates.sessions) == 1:
+            del self._duplicates[session.key]
+            duplicates.history[-1].is_duplicate = False
+
+    # -- the mesh ------------------------------------------------------------------------------------
+
+    def watch(self, session: Session) -> None:
+        """A mesh peer wants to know every client: tell it of those here, and of all changes to come."""
+        if session.key == self.public_key:
+            return  # the relay dialed itself
+        session.control(b"".join(client.present_frame() for client in self.active.values()))
+        self.watchers.add(session)
+
+    def add_forwarder(self, key: bytes, forwarder: Forwarder) -> None:
+        """The client `key` is connected to the relay behind `forwarder`."""
+        known = self.forwarders.get(key, ())
+        if forwarder in known:
+            return
+        if len(known) == 1:
+            self.counters.multiforwarder_created += 1
+        self.forwarders[key] = (*known, forwarder)
+
+    def remove_forwarder(self, key: bytes, forwarder: Forwarder) -> None:
+        """The client `key` left the relay behind `forwarder`."""
+        known = self.forwarders.get(key)
+        if known is None:
+            return
+        rest = tuple(other for other in known if other is not forwarder)
+        if len(rest) == len(known):
+            self.counters.packet_forwarder_delete_other_value += 1
+        elif rest:
+            self.forwarders[key] = rest
+            if len(rest) == 1:
+                self.counters.multiforwarder_deleted += 1
+        else:
+            del self.forwarders[key]
+            if key not in self.active:
+                self._gone_from_region(key)
+
+    @property
+    def clients_total(self) -> int:
+        """How many client keys the region has, as far as this relay knows."""
+        return len(self.active.keys() | self.forwarders.keys())
+
+    # -- who is told ---------------------------------------------------------------------------------
+
+    def note_source(self, session: Session, source: bytes) -> None:
+        """`session` is about to get a packet from `source`: tell it when that one leaves the region."""
+        session.sources.add(source)
+        self._interested.setdefault(source, set()).add(session)
+
+    def _lose_interest(self, source: bytes, session: Session) -> None:
+        interested = self._interested.get(source)
+        if interested is not None:
+            interested.discard(session)
+            if not interested:
+                del self._interested[source]
+
+    def _gone_from_region(self, key: bytes) -> None:
+        for session in self._interested.pop(key, ()):
+            session.sources.discard(key)
+            session.peer_gone(key, PeerGoneReason.DISCONNECTED)
+
+    def _broadcast(self, frame: bytes) -> None:
+        for watcher in self.watchers:
+            watcher.control(frame)

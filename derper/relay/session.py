@@ -1,0 +1,430 @@
+"""One logged-in client of the relay: its frames in, its packets out.
+
+This is the data path.  Three rules keep it fast and fair:
+
+* **In place.**  SEND_PACKET and RECV_PACKET have the same layout, so a packet is turned around by
+  overwriting its type and key in the read buffer.  It never becomes an object.
+* **In runs.**  Neighbouring frames for one destination leave as one slice: one lookup, one copy, one
+  write, and so one TLS record for many packets.
+* **Bounded.**  While a client's socket is full, at most `QUEUE_DEPTH` packets wait for it, and as many
+  disco messages; the oldest is dropped first.  A slow reader costs its own packets, nobody else's.
+
+The session writes through a `Sink` and reads no clock: `now` is seconds of a monotonic clock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
+from struct import Struct
+from typing import Final, Protocol
+
+from ..wire import frames
+from ..wire.errors import ProtocolError
+from ..wire.frames import DISCO_MAGIC, HEADER, HEADER_LEN, MAX_PACKET, MAX_PING, PING_LEN, FrameType, PeerGoneReason
+from ..wire.handshake import ClientInfo
+from ..wire.keys import KEY_LEN, NodePublic
+from .counters import DropReason
+from .limits import QUEUE_DEPTH, TokenBucket
+from .router import Router
+
+__all__ = ["Remote", "Session", "Sink"]
+
+_KEYED: Final = HEADER_LEN + KEY_LEN  # bytes before the packet in SEND_PACKET and RECV_PACKET
+_RECV: Final = Struct(">BI32s")
+_SEND: Final = Struct(f">BI32s{len(DISCO_MAGIC)}s")
+_SEND_LEN: Final = _SEND.size
+_SHORTEST: Final = _SEND_LEN - HEADER_LEN
+_LONGEST: Final = KEY_LEN + MAX_PACKET
+_DISCO_MIN: Final = _KEYED + len(DISCO_MAGIC) + KEY_LEN + 24
+_SEND_PACKET: Final = int(FrameType.SEND_PACKET)
+_RECV_PACKET: Final = int(FrameType.RECV_PACKET)
+
+_CONTROL_BOUND: Final = 64 << 10  # bytes of control frames that may wait for a client that does not read
+_MESH_CONTROL_BOUND: Final = 16 << 20  # the same for a watcher, which is told of every client
+_HOME_MOVE_AFTER: Final = 5.0  # seconds; an earlier NOTE_PREFERRED is part of connecting, not a move
+_PEER_GONE_RATE: Final = 1.0
+_PEER_GONE_BURST: Final = 3.0
+
+
+class Sink(Protocol):
+    """Where a session's bytes go.  No method may call back into the session before it returns."""
+
+    def write(self, data: bytes, /) -> None:
+        """Queue bytes for the client."""
+
+    def abort(self) -> None:
+        """Close the connection now, dropping what is unsent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """Where a client comes from."""
+
+    ip: IPv4Address | IPv6Address | None
+    port: int
+
+    def __str__(self) -> str:
+        if self.ip is None:
+            return "unknown"
+        return f"[{self.ip}]:{self.port}" if self.ip.version == 6 else f"{self.ip}:{self.port}"
+
+
+class Session:
+    """A client's state.  The owner feeds it with `receive`, tells it `pause` and `resume`, and closes it once."""
+
+    __slots__ = (
+        "_bucket",
+        "_control",
+        "_control_size",
+        "_disco_queue",
+        "_gone_bucket",
+        "_pong_waiting",
+        "_queue",
+        "_skip",
+        "can_mesh",
+        "closed",
+        "connected_at",
+        "counters",
+        "info",
+        "is_duplicate",
+        "key",
+        "not_ideal",
+        "paused_since",
+        "preferred",
+        "remote",
+        "router",
+        "sink",
+        "sources",
+    )
+
+    def __init__(
+        self,
+        router: Router,
+        sink: Sink,
+        key: NodePublic,
+        info: ClientInfo,
+        *,
+        now: float,
+        remote: Remote,
+        can_mesh: bool = False,
+        not_ideal: bool = False,
+    ) -> None:
+        self.router = router
+        self.counters = router.counters
+        self.sink = sink
+        self.key = key
+        self.info = info
+        self.remote = remote
+        self.can_mesh = can_mesh
+        self.not_ideal = not_ideal  # the client said that it would rather be on another node
+        self.connected_at = now
+        self.preferred = False  # the client said that this relay is its home
+        self.is_duplicate = False  # another session has the same key
+        self.closed = False
+        self.paused_since: float | None = None  # when the socket became full
+        self.sources: set[bytes] = set()  # keys that sent packets to this client
+        self._skip = 0  # bytes of an unknown frame that are still to come
+        self._bucket: TokenBucket | None = None
+        self._gone_bucket: TokenBucket | None = None
+        # Made when first needed: most clients never fall behind.
+        self._queue: deque[tuple[float, bytes]] | None = None
+        self._disco_queue: deque[tuple[float, bytes]] | None = None
+        self._control: list[bytes] = []
+        self._control_size = 0
+        self._pong_waiting = False
+
+    # -- frames in -----------------------------------------------------------------------------------
+
+    def receive(self, buffer: bytearray, start: int, end: int, now: float) -> int:
+        """Handle every whole frame in ``buffer[start:end]``, which is overwritten.
+
+        Returns the offset of the first byte not used: the caller keeps the rest and hands it in again,
+        in front of what comes next.  Raises `ProtocolError`: the caller closes the connection.
+        """
+        if self.is_duplicate:
+            self.router.note_activity(self)
+        pos = self._skipped(start, end)
+        while True:
+            pos = self._packets(buffer, pos, end, now)
+            if end - pos < HEADER_LEN:
+                return pos
+            kind, length = HEADER.unpack_from(buffer, pos)
+            _check_length(kind, length)
+            body = pos + HEADER_LEN
+            if kind not in _HANDLERS:
+                self.counters.unknown_frames += 1
+                self._skip = length
+                pos = self._skipped(body, end)
+            elif body + length <= end:
+                _HANDLERS[kind](self, buffer, body, body + length, now)
+                pos = body + length
+            else:
+                return pos
+
+    def _skipped(self, start: int, end: int) -> int:
+        count = min(self._skip, end - start)
+        self._skip -= count
+        return start + count
+
+    def _packets(self, buffer: bytearray, pos: int, end: int, now: float) -> int:
+        """The hot loop: turn the SEND_PACKET frames at `pos` around, stop at anything else."""
+        unpack, rewrite, own_key = _SEND.unpack_from, _RECV.pack_into, self.key
+        run_start, run_dst, run_length = pos, b"", 0
+        total = disco = 0
+        begin = pos
+        while end - pos >= _SEND_LEN:
+            kind, length, dst, magic = unpack(buffer, pos)
+            if kind != _SEND_PACKET or length < _SHORTEST:
+                break
+            after = pos + HEADER_LEN + length
+            if after > end or length > _LONGEST:
+                break
+            if dst != run_dst:
+                if run_length:
+                    self._dispatch(buffer, run_start, pos, run_dst, run_length, now)
+                run_start, run_dst, run_length = pos, dst, 0
+            rewrite(buffer, pos, _RECV_PACKET, length, own_key)
+            if magic == DISCO_MAGIC and after - pos >= _DISCO_MIN:
+                disco += 1
+            run_length += 1
+            total += 1
+            pos = after
+        if run_length:
+            self._dispatch(buffer, run_start, pos, run_dst, run_length, now)
+        if total:
+            counters = self.counters
+            counters.packets_received += total
+            counters.packets_received_disco += disco
+            counters.bytes_received += pos - begin - total * _KEYED
+        return pos
+
+    def _dispatch(self, buffer: bytearray, start: int, end: int, dst: bytes, count: int, now: float) -> None:
+        """Send a run of turned-around frames to `dst`: to a client here, else through the mesh, else nowhere."""
+        router = self.router
+        chunk = bytes(memoryview(buffer)[start:end])
+        target = router.active.get(dst)
+        if target is not None:
+            target.deliver(self.key, chunk, count, now)
+            return
+        leads = router.forwarders.get(dst)
+        if leads is not None:
+            self.counters.packets_forwarded_out += count
+            leads[0].forward(self.key, dst, chunk, now)
+            return
+        for packet in packets_of(chunk):
+            self._unknown_destination(dst, packet, DropReason.UNKNOWN_DEST, now)
+
+    def _unknown_destination(self, dst: bytes, packet: bytes, reason: DropReason, now: float) -> None:
+        disco = frames.is_disco(packet)
+        self.counters.drop(reason, disco, len(packet))
+        if not disco:
+            return
+        if self._gone_bucket is None:
+            self._gone_bucket = TokenBucket(_PEER_GONE_RATE, _PEER_GONE_BURST, now)
+        if self._gone_bucket.allow(now):
+            self.peer_gone(dst, PeerGoneReason.NOT_HERE)
+
+    def _on_send_packet(self, buffer: bytearray, start: int, end: int, now: float) -> None:
+        """A packet too short for the hot loop."""
+        dst = bytes(buffer[start : start + KEY_LEN])
+        _RECV.pack_into(buffer, start - HEADER_LEN, _RECV_PACKET, end - start, self.key)
+        self.counters.packets_received += 1
+        self.counters.bytes_received += end - start - KEY_LEN
+        self._dispatch(buffer, start - HEADER_LEN, end, dst, 1, now)
+
+    def _on_forward_packet(self, buffer: bytearray, start: int, end: int, now: float) -> None:
+        """A packet from another relay: for a client here, or for nobody."""
+        self._require_mesh("FORWARD_PACKET")
+        self.counters.packets_forwarded_in += 1
+        src = bytes(buffer[start : start + KEY_LEN])
+        dst = bytes(buffer[start + KEY_LEN : start + 2 * KEY_LEN])
+        target = self.router.active.get(dst)
+        if target is None:
+            packet = bytes(buffer[start + 2 * KEY_LEN : end])
+            self._unknown_destination(dst, packet, DropReason.UNKNOWN_DEST_ON_FWD, now)
+            return
+        # RECV_PACKET is one key shorter: its head goes right in front of the packet.
+        head = start + KEY_LEN - HEADER_LEN
+        _RECV.pack_into(buffer, head, _RECV_PACKET, end - start - KEY_LEN, src)
+        target.deliver(src, bytes(memoryview(buffer)[head:end]), 1, now)
+
+    def _on_note_preferred(self, buffer: bytearray, start: int, end: int, now: float) -> None:
+        preferred = buffer[start] != 0
+        if preferred == self.preferred:
+            return
+        self.preferred = preferred
+        counters = self.counters
+        counters.current_home_connections += 1 if preferred else -1
+        if now - self.connected_at > _HOME_MOVE_AFTER:
+            if preferred:
+                counters.home_moves_in += 1
+            else:
+                counters.home_moves_out += 1
+
+    def _on_watch_conns(self, buffer: bytearray, start: int, end: int, now: float) -> None:
+        self._require_mesh("WATCH_CONNS")
+        self.router.watch(self)
+
+    def _on_close_peer(self, buffer: bytearray, start: int, end: int, now: float) -> None:
+        self._require_mesh("CLOSE_PEER")
+        for session in self.router.sessions_of(bytes(buffer[start:end])):
+            session.sink.abort()
+
+    def _on_ping(self, buffer: bytearray, start: int, end: int, now: float) -> None:
+        self.counters.got_ping += 1
+        if self._pong_waiting:
+            return  # it pings faster than it reads
+        self.counters.sent_pong += 1
+        self._pong_waiting = self.paused_since is not None
+        self.control(frames.pong(bytes(buffer[start : start + PING_LEN])))
+
+    def _require_mesh(self, what: str) -> None:
+        if not self.can_mesh:
+            raise ProtocolError(f"{what} from a client without the mesh key")
+
+    # -- packets out ---------------------------------------------------------------------------------
+
+    def deliver(self, src: bytes, chunk: bytes, count: int, now: float) -> None:
+        """Send a run of `count` RECV_PACKET frames, all from `src`, to this client."""
+        if src not in self.sources:
+            self.router.note_source(self, src)
+        if self.paused_since is None:
+            self.sink.write(chunk)
+            counters = self.counters
+            counters.packets_sent += count
+            counters.bytes_sent += len(chunk) - count * _KEYED
+        else:
+            self._enqueue(chunk, now)
+
+    def control(self, frame: bytes) -> None:
+        """Send a control frame (or several).  It may overtake queued packets."""
+        if self.closed or not frame:
+            return
+        if self.paused_since is None:
+            self.sink.write(frame)
+            return
+        self._control.append(frame)
+        self._control_size += len(frame)
+        if self._control_size > (_MESH_CONTROL_BOUND if self.can_mesh else _CONTROL_BOUND):
+            self.sink.abort()
+
+    def peer_gone(self, key: bytes, reason: PeerGoneReason) -> None:
+        """Tell the client that `key` is not reachable."""
+        if reason is PeerGoneReason.DISCONNECTED:
+            self.counters.peer_gone_disconnected_frames += 1
+        else:
+            self.counters.peer_gone_not_here_frames += 1
+        self.control(frames.peer_gone(key, reason))
+
+    def present_frame(self) -> bytes:
+        """PEER_PRESENT for this client (derpserver, presentFlags)."""
+        flags = 0
+        if self.info.is_prober:
+            flags |= frames.PeerPresentFlags.PROBER
+        if self.can_mesh:
+            flags |= frames.PeerPresentFlags.MESH_PEER
+        if self.not_ideal:
+            flags |= frames.PeerPresentFlags.NOT_IDEAL
+        flags = flags or frames.PeerPresentFlags.REGULAR
+        return frames.peer_present(self.key, self.remote.ip, self.remote.port, flags)
+
+    def _enqueue(self, chunk: bytes, now: float) -> None:
+        for frame in frames_of(chunk):
+            disco = frames.is_disco(frame[_KEYED:])
+            queue = self._queue_for(disco)
+            if len(queue) >= QUEUE_DEPTH:
+                since, oldest = queue.popleft()
+                self.counters.drop(DropReason.QUEUE_HEAD, disco, len(oldest) - _KEYED)
+                self.counters.queued(now - since)
+            queue.append((now, frame))
+
+    def _queue_for(self, disco: bool) -> deque[tuple[float, bytes]]:
+        if disco:
+            if self._disco_queue is None:
+                self._disco_queue = deque()
+            return self._disco_queue
+        if self._queue is None:
+            self._queue = deque()
+        return self._queue
+
+    # -- the owner's duties --------------------------------------------------------------------------
+
+    def set_bucket(self, bucket: TokenBucket | None) -> None:
+        """Limit the bytes that this client may send; mesh peers are exempt."""
+        self._bucket = None if self.can_mesh else bucket
+
+    def throttle(self, size: int, now: float) -> float:
+        """`size` bytes were read: seconds to stop reading, 0.0 for none."""
+        return 0.0 if self._bucket is None else self._bucket.take(size, now)
+
+    def pause(self, now: float) -> None:
+        """The socket is full."""
+        self.paused_since = now
+
+    def resume(self, now: float) -> None:
+        """The socket has room again: send what waited, control frames first."""
+        self.paused_since = None
+        self._pong_waiting = False
+        waiting = self._control
+        self._control, self._control_size = [], 0
+        for queue in (self._disco_queue, self._queue):
+            while queue:
+                since, frame = queue.popleft()
+                self.counters.queued(now - since)
+                self.counters.packets_sent += 1
+                self.counters.bytes_sent += len(frame) - _KEYED
+                waiting.append(frame)
+        if waiting:
+            self.sink.write(b"".join(waiting))
+
+    def close(self) -> None:
+        """The connection is gone.  Call it once, after `Router.unregister`."""
+        self.closed = True
+        for queue, disco in ((self._disco_queue, True), (self._queue, False)):
+            for _, frame in queue or ():
+                self.counters.drop(DropReason.GONE_DISCONNECTED, disco, len(frame) - _KEYED)
+        self._queue = self._disco_queue = None
+        self._control.clear()
+
+
+_HANDLERS: Final = {
+    int(FrameType.SEND_PACKET): Session._on_send_packet,
+    int(FrameType.FORWARD_PACKET): Session._on_forward_packet,
+    int(FrameType.NOTE_PREFERRED): Session._on_note_preferred,
+    int(FrameType.WATCH_CONNS): Session._on_watch_conns,
+    int(FrameType.CLOSE_PEER): Session._on_close_peer,
+    int(FrameType.PING): Session._on_ping,
+}
+
+# Shortest and longest payload of each frame that a client may send.
+_LENGTHS: Final = {
+    int(FrameType.SEND_PACKET): (KEY_LEN, _LONGEST),
+    int(FrameType.FORWARD_PACKET): (2 * KEY_LEN, KEY_LEN + _LONGEST),
+    int(FrameType.NOTE_PREFERRED): (1, 1),
+    int(FrameType.WATCH_CONNS): (0, 0),
+    int(FrameType.CLOSE_PEER): (KEY_LEN, KEY_LEN),
+    int(FrameType.PING): (PING_LEN, MAX_PING),
+}
+
+
+def _check_length(kind: int, length: int) -> None:
+    bounds = _LENGTHS.get(kind)
+    if bounds is not None and not bounds[0] <= length <= bounds[1]:
+        raise ProtocolError(f"{FrameType(kind).name} of {length} bytes; it has {bounds[0]} to {bounds[1]}")
+
+
+def frames_of(chunk: bytes) -> list[bytes]:
+    """The single frames of a run."""
+    found, pos = [], 0
+    while pos < len(chunk):
+        end = pos + HEADER_LEN + HEADER.unpack_from(chunk, pos)[1]
+        found.append(chunk[pos:end])
+        pos = end
+    return found
+
+
+def packets_of(chunk: bytes) -> list[bytes]:
+    """The packets of a run of RECV_PACKET frames, without their heads."""
+    return [frame[_KEYED:] for frame in frames_of(chunk)]
