@@ -1,0 +1,1 @@
+"""What developers run: the embedded Kubernetes cluster and the demo."""
