@@ -1,0 +1,106 @@
+"""Asking admission controllers (tailcfg.DERPAdmitClientRequest, derpserver.verifyClient)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from ipaddress import IPv4Address, IPv6Address
+from typing import Final
+
+import aiohttp
+
+from ..relay.admission import AdmissionPolicy, DecisionCache
+from ..wire.keys import NodePublic
+
+__all__ = ["Admission"]
+
+log = logging.getLogger("derper")
+
+_ASK_SECONDS: Final = 5.0
+_MAX_ANSWER: Final = 4 << 10
+
+Address = IPv4Address | IPv6Address | None
+
+
+class _NoAnswerError(Exception):
+    """A source could not be asked; the message says why."""
+
+
+class Admission:
+    """Decides about clients.  `policy` may be replaced at any time; it holds for logins to come."""
+
+    def __init__(self, policy: AdmissionPolicy, cache: DecisionCache | None = None) -> None:
+        self.policy = policy
+        self._cache = cache or DecisionCache()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._http: aiohttp.ClientSession | None = None
+
+    def admits_at_once(self, key: NodePublic) -> bool:
+        """Whether the client may come in without asking anybody."""
+        if self.policy.admits_at_once(key):
+            return True
+        return bool(self.policy.urls) and self._cache.fresh(key, asyncio.get_running_loop().time())
+
+    def ask(self, key: NodePublic, source: Address, answered: Callable[[str | None], None]) -> None:
+        """Ask the sources, then call ``answered(None)``, or ``answered(why)`` if the client is refused."""
+
+        async def run() -> None:
+            answered(await self._decide(key, source))
+
+        task = asyncio.get_running_loop().create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """Give up what is under way."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._http is not None:
+            await self._http.close()
+
+    async def _decide(self, key: NodePublic, source: Address) -> str | None:
+        policy = self.policy
+        if not policy.urls:
+            return "it is on no list of admitted keys"
+        now = asyncio.get_running_loop().time()
+        answers = await asyncio.gather(
+            *(self._ask_url(url, key, source) for url in policy.urls), return_exceptions=True
+        )
+        if True in answers:
+            self._cache.admit(key, now)
+            return None
+        failures = [str(answer) for answer in answers if isinstance(answer, _NoAnswerError)]
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, _NoAnswerError):
+                raise answer
+        if not failures:
+            self._cache.refuse(key)
+            return "the admission controller does not allow it"
+        if policy.fail_open or self._cache.stale(key, now):
+            log.warning("admission controller unreachable (%s); allowing client %s", failures[0], key)
+            return None
+        return failures[0]
+
+    async def _ask_url(self, url: str, key: NodePublic, source: Address) -> bool:
+        if self._http is None:
+            self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_ASK_SECONDS))
+        request = {"NodePublic": str(key), "Source": "" if source is None else str(source)}
+        try:
+            async with self._http.post(url, json=request) as response:
+                if response.status != 200:
+                    raise _NoAnswerError(f"the admission controller answered {response.status}")
+                body = await response.content.read(_MAX_ANSWER)
+                return _parse(body)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise _NoAnswerError(f"the admission controller cannot be asked: {error or type(error).__name__}") from None
+
+
+def _parse(body: bytes) -> bool:
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        raise _NoAnswerError("the admission controller did not answer with JSON") from None
+    return isinstance(answer, dict) and answer.get("Allow") is True

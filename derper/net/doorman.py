@@ -1,0 +1,160 @@
+"""The first protocol of every connection: it reads one HTTP head and sends the connection where it belongs.
+
+``GET /derp`` with ``Upgrade: DERP`` becomes a `Link`; everything else is handed to aiohttp with the bytes
+already read.  aiohttp must not see the upgrade: its parser drops the bytes behind such a head, and with fast
+start these are the client's login.  (derp/derpserver/handler.go)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Final, Protocol
+
+import h11
+
+from ..relay.session import Remote
+from ..wire.frames import PROTOCOL_VERSION
+from .hub import Hub
+from .link import Link
+
+__all__ = ["Doorman", "Reception", "remote_of"]
+
+log = logging.getLogger("derper")
+
+HEAD_BYTES: Final = 8 << 10
+HEAD_SECONDS: Final = 30.0
+_END_OF_HEAD: Final = b"\r\n\r\n"
+
+
+class _HTTPHandler(Protocol):
+    def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
+    def data_received(self, data: bytes) -> None: ...
+
+
+@dataclass(slots=True)
+class Reception:
+    """Where the doorman sends people."""
+
+    hub: Hub
+    http: Callable[[], asyncio.Protocol]  #: makes aiohttp's protocol for one connection
+    serve_derp: bool = True  #: false: ``/derp`` answers 404, as ``--derp=false``
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    path: str
+    upgrade: str
+    fast_start: bool
+    ideal_node: str
+
+
+class Doorman(asyncio.Protocol):
+    """Reads at most `HEAD_BYTES` within `HEAD_SECONDS`."""
+
+    __slots__ = ("_head", "_reception", "_timer", "_transport")
+
+    def __init__(self, reception: Reception) -> None:
+        self._reception = reception
+        self._head = bytearray()
+        self._transport: asyncio.Transport
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Wait for the head."""
+        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "set_protocol")
+        self._transport = transport  # type: ignore[assignment]
+        self._timer = self._reception.hub.loop.call_later(HEAD_SECONDS, self._transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client went before it said what it wants."""
+        self._stop_timer()
+
+    def data_received(self, data: bytes) -> None:
+        """Collect the head, then hand the connection over."""
+        if self._transport.is_closing():
+            return
+        self._head += data
+        end = self._head.find(_END_OF_HEAD, 0, HEAD_BYTES)
+        if end < 0:
+            if len(self._head) > HEAD_BYTES:
+                self._answer(431, "the request head is longer than 8 KiB")
+            return
+        self._stop_timer()
+        end += len(_END_OF_HEAD)
+        try:
+            head = _parse(bytes(self._head[:end]))
+        except h11.RemoteProtocolError:
+            self._answer(400, "Bad Request")
+            return
+        if head.path == "/derp" and self._reception.serve_derp:
+            self._derp(head, bytes(self._head[end:]))
+        else:
+            self._hand_to_http()
+
+    def _derp(self, head: _Head, early: bytes) -> None:
+        if head.upgrade != "derp":
+            self._answer(426, "DERP requires connection upgrade")
+            return
+        hub = self._reception.hub
+        link = Link(hub, remote_of(self._transport), not_ideal=bool(head.ideal_node))
+        greeting = b"" if head.fast_start else _switching(hub)
+        link.take_over(self._transport, greeting, early)
+
+    def _hand_to_http(self) -> None:
+        handler = self._reception.http()
+        self._transport.set_protocol(handler)
+        handler.connection_made(self._transport)
+        handler.data_received(bytes(self._head))
+
+    def _answer(self, status: int, text: str) -> None:
+        reason = {400: "Bad Request", 426: "Upgrade Required", 431: "Request Header Fields Too Large"}[status]
+        body = text.encode() + b"\n"
+        head = (
+            f"HTTP/1.1 {status} {reason}\r\nContent-Type: text/plain; charset=utf-8\r\n"
+            f"X-Content-Type-Options: nosniff\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        )
+        self._transport.write(head.encode() + body)
+        self._stop_timer()
+        self._transport.close()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def _parse(raw: bytes) -> _Head:
+    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)
+    connection.receive_data(raw)
+    event = connection.next_event()
+    if not isinstance(event, h11.Request):
+        raise h11.RemoteProtocolError("no request")
+    headers = {name: value.decode("latin-1") for name, value in event.headers}
+    return _Head(
+        path=event.target.decode("latin-1").partition("?")[0],
+        upgrade=headers.get(b"upgrade", "").lower(),
+        fast_start=headers.get(b"derp-fast-start") == "1",
+        ideal_node=headers.get(b"ideal-node", ""),
+    )
+
+
+def _switching(hub: Hub) -> bytes:
+    return (
+        "HTTP/1.1 101 Switching Protocols\r\nUpgrade: DERP\r\nConnection: Upgrade\r\n"
+        f"Derp-Version: {PROTOCOL_VERSION}\r\nDerp-Public-Key: {hub.private_key.public.hex()}\r\n\r\n"
+    ).encode()
+
+
+def remote_of(transport: asyncio.BaseTransport) -> Remote:
+    """The peer's address; IPv4-mapped IPv6 addresses as IPv4."""
+    peer = transport.get_extra_info("peername")
+    if not isinstance(peer, tuple):
+        return Remote(None, 0)
+    address = ip_address(str(peer[0]).partition("%")[0])
+    if address.version == 6 and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return Remote(address, int(peer[1]))

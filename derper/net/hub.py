@@ -1,0 +1,148 @@
+"""What all DERP connections of one relay share: its identity, its routing table, its timers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from ..relay.counters import Counters
+from ..relay.limits import Limits
+from ..relay.router import Router
+from ..relay.session import Session
+from ..wire import frames
+from ..wire.frames import KEEP_ALIVE_SECONDS, MAX_CLIENT_INFO
+from ..wire.handshake import ClientInfo
+from ..wire.keys import MeshKey, NodePrivate
+from .admission import Admission
+
+if TYPE_CHECKING:
+    from .link import Link
+
+__all__ = ["Hub", "MeshKeys"]
+
+log = logging.getLogger("derper")
+
+_KEEP_ALIVE_JITTER: Final = 5  # seconds
+_TICK: Final = 1.0
+_READ_BUFFER: Final = 2 * MAX_CLIENT_INFO  # the longest frame that must be held whole, and as much again to read into
+
+
+@dataclass(frozen=True, slots=True)
+class MeshKeys:
+    """The mesh key that the relay presents, and all that it accepts (more than one while keys are rotated)."""
+
+    current: MeshKey
+    accepted: tuple[MeshKey, ...]
+
+    def accepts(self, info: ClientInfo) -> bool:
+        """Whether the client holds a mesh key; every key is compared, in constant time each."""
+        offered = info.mesh_key
+        return offered is not None and sum(key == offered for key in self.accepted) > 0
+
+
+@dataclass(slots=True)
+class _Wheel:
+    """Keep-alive times: every session sits in one slot, and a slot comes up once per turn.
+
+    Each session has its own period of 60 to 65 seconds, so that clients that came together drift apart.
+    """
+
+    slots: list[set[Session]] = field(
+        default_factory=lambda: [set() for _ in range(int(KEEP_ALIVE_SECONDS) + _KEEP_ALIVE_JITTER + 1)]
+    )
+    position: int = 0
+    places: dict[Session, tuple[int, int]] = field(default_factory=dict)  # session -> (slot, period)
+
+    def add(self, session: Session, jitter: int) -> None:
+        self._place(session, int(KEEP_ALIVE_SECONDS) + jitter)
+
+    def remove(self, session: Session) -> None:
+        place = self.places.pop(session, None)
+        if place is not None:
+            self.slots[place[0]].discard(session)
+
+    def turn(self) -> Iterable[Session]:
+        self.position = (self.position + 1) % len(self.slots)
+        due = self.slots[self.position]
+        self.slots[self.position] = set()
+        for session in due:
+            self._place(session, self.places[session][1])
+        return due
+
+    def _place(self, session: Session, period: int) -> None:
+        slot = (self.position + period) % len(self.slots)
+        self.slots[slot].add(session)
+        self.places[session] = (slot, period)
+
+
+class Hub:
+    """One relay's connections.  Create it inside the running loop, `start` it once, `stop` it at the end."""
+
+    def __init__(
+        self, private_key: NodePrivate, admission: Admission, *, rng: random.Random, limits: Limits | None = None
+    ) -> None:
+        self.private_key = private_key
+        self.admission = admission
+        self.mesh_keys: MeshKeys | None = None
+        self.limits = limits or Limits()
+        self.counters = Counters()
+        self.router = Router(private_key.public, self.counters)
+        self.loop = asyncio.get_running_loop()
+        self.clock = self.loop.time
+        self.links: set[Link] = set()
+        self.paused: set[Link] = set()  # those whose socket is full
+        # One read buffer for all links: what a link does not use at once it copies.
+        self.read_buffer = bytearray(_READ_BUFFER)
+        self.read_view = memoryview(self.read_buffer)
+        self._rng = rng
+        self._wheel = _Wheel()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Start the timers."""
+        self._timer = self.loop.call_later(_TICK, self._tick)
+
+    def stop(self) -> None:
+        """Stop the timers and drop every connection."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for link in tuple(self.links):
+            link.abort()
+
+    def set_limits(self, limits: Limits) -> None:
+        """New limits, for the connected clients too."""
+        if limits == self.limits:
+            return
+        self.limits = limits
+        now = self.clock()
+        for session in self.router.sessions():
+            session.set_bucket(limits.client_bucket(now))
+
+    def join(self, session: Session) -> None:
+        """A client has logged in."""
+        session.set_bucket(self.limits.client_bucket(session.connected_at))
+        self.router.register(session)
+        self._wheel.add(session, self._rng.randint(0, _KEEP_ALIVE_JITTER))
+
+    def leave(self, session: Session) -> None:
+        """A client's connection is gone."""
+        self._wheel.remove(session)
+        self.router.unregister(session)
+        session.close()
+
+    def write_timeout(self, session: Session) -> float:
+        """Seconds that the session's socket may stay full."""
+        return self.limits.mesh_write_timeout if session.can_mesh else self.limits.write_timeout
+
+    def _tick(self) -> None:
+        self._timer = self.loop.call_later(_TICK, self._tick)
+        keep_alive = frames.keep_alive()
+        for session in self._wheel.turn():
+            session.control(keep_alive)
+        now = self.clock()
+        for link in tuple(self.paused):
+            link.check_stall(now)

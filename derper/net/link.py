@@ -1,0 +1,246 @@
+"""One DERP connection of the server: a transport on one side, a session of the core on the other.
+
+::
+
+    doorman --> [ login: CLIENT_INFO within 10 s ] --> [ admission ] --> [ session ] --> closed
+
+There is no task and no await here: the loop reads into the hub's shared buffer and calls `buffer_updated`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Final
+
+from ..relay.session import Remote, Session
+from ..wire import handshake
+from ..wire.errors import ProtocolError
+from ..wire.frames import HEADER, HEADER_LEN, MAX_CLIENT_INFO, FrameType
+from ..wire.handshake import ClientInfo, ServerInfo
+from ..wire.keys import NodePublic
+from .hub import Hub
+
+__all__ = ["Link"]
+
+log = logging.getLogger("derper")
+
+LOGIN_SECONDS: Final = 10.0  # derpserver.accept
+_WRITE_HIGH_WATER: Final = 64 << 10
+_MESH_HIGH_WATER: Final = 1 << 20
+
+
+class Link(asyncio.BufferedProtocol):
+    """Hand a transport over with `take_over`; from then on the link lives by the loop's callbacks."""
+
+    __slots__ = (
+        "_hub",
+        "_login_timer",
+        "_not_ideal",
+        "_remote",
+        "_resume_timer",
+        "_session",
+        "_tail",
+        "_transport",
+    )
+
+    def __init__(self, hub: Hub, remote: Remote, *, not_ideal: bool) -> None:
+        self._hub = hub
+        self._remote = remote
+        self._not_ideal = not_ideal
+        self._session: Session | None = None
+        self._tail = b""
+        self._transport: asyncio.Transport
+        self._login_timer: asyncio.TimerHandle | None = None
+        self._resume_timer: asyncio.TimerHandle | None = None
+
+    def take_over(self, transport: asyncio.Transport, greeting: bytes, early: bytes) -> None:
+        """Make this link the transport's protocol, send `greeting` and the server's key, and use the `early` bytes."""
+        hub = self._hub
+        self._transport = transport
+        transport.set_protocol(self)
+        transport.set_write_buffer_limits(high=_WRITE_HIGH_WATER)
+        hub.links.add(self)
+        hub.counters.accepts += 1
+        self._login_timer = hub.loop.call_later(LOGIN_SECONDS, self._login_expired)
+        transport.write(greeting + handshake.server_key_frame(hub.private_key.public))
+        if early:
+            self._tail = early
+            self._process(b"")
+
+    # -- asyncio.BufferedProtocol ---------------------------------------------------------------------
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """The shared buffer, with what is left of earlier reads in front."""
+        tail = self._tail
+        if not tail:
+            return self._hub.read_view
+        self._hub.read_buffer[: len(tail)] = tail
+        return self._hub.read_view[len(tail) :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """`nbytes` were read behind the tail."""
+        self._consume(len(self._tail) + nbytes, nbytes)
+
+    def eof_received(self) -> bool:
+        """The client closed its side: close ours."""
+        return False
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """The connection is gone, whoever ended it."""
+        hub = self._hub
+        hub.links.discard(self)
+        hub.paused.discard(self)
+        self._cancel_timers()
+        if self._session is not None:
+            hub.leave(self._session)
+
+    def pause_writing(self) -> None:
+        """The socket is full."""
+        if self._session is not None:
+            self._session.pause(self._hub.clock())
+            self._hub.paused.add(self)
+
+    def resume_writing(self) -> None:
+        """The socket has room."""
+        if self._session is not None:
+            self._hub.paused.discard(self)
+            self._session.resume(self._hub.clock())
+
+    # -- Sink: where the session writes -----------------------------------------------------------------
+
+    def write(self, data: bytes) -> None:
+        """Send bytes to the client."""
+        self._transport.write(data)
+
+    def abort(self) -> None:
+        """Close now; `connection_lost` follows."""
+        self._transport.abort()
+
+    # -- the hub's and the drain's view ------------------------------------------------------------------
+
+    @property
+    def session(self) -> Session | None:
+        """The session, once the client has logged in."""
+        return self._session
+
+    def close(self) -> None:
+        """Close after what is written has been sent."""
+        self._transport.close()
+
+    def check_stall(self, now: float) -> None:
+        """Drop a client that has not read for too long."""
+        session = self._session
+        if session is None or session.paused_since is None:
+            return
+        timeout = self._hub.write_timeout(session)
+        if timeout and now - session.paused_since > timeout:
+            self._hub.counters.write_timeouts += 1
+            log.info("%s: %s has not read for %.0f s; closing", self._remote, session.key.short(), timeout)
+            self.abort()
+
+    # -- bytes in ------------------------------------------------------------------------------------------
+
+    def _process(self, data: bytes) -> None:
+        """Use bytes that did not come through the shared buffer."""
+        pending = self._tail + data
+        self._hub.read_buffer[: len(pending)] = pending
+        self._consume(len(pending), len(data))
+
+    def _consume(self, end: int, fresh: int) -> None:
+        hub = self._hub
+        try:
+            if self._session is not None:
+                used = self._session.receive(hub.read_buffer, 0, end, hub.clock())
+            else:
+                used = self._login(end)
+        except ProtocolError as error:
+            self._refuse(str(error))
+            return
+        self._tail = bytes(hub.read_view[used:end]) if used < end else b""
+        if self._session is not None:
+            self._throttle(self._session, fresh)
+
+    def _throttle(self, session: Session, fresh: int) -> None:
+        delay = session.throttle(fresh, self._hub.clock())
+        if delay and self._resume_timer is None:
+            self._hub.counters.rate_limit_waits += 1
+            self._transport.pause_reading()
+            self._resume_timer = self._hub.loop.call_later(delay, self._resume_reading)
+
+    def _resume_reading(self) -> None:
+        self._resume_timer = None
+        self._transport.resume_reading()
+
+    # -- the login -----------------------------------------------------------------------------------------
+
+    def _login(self, end: int) -> int:
+        if end < HEADER_LEN:
+            return 0
+        kind, length = HEADER.unpack_from(self._hub.read_buffer)
+        if kind != FrameType.CLIENT_INFO:
+            raise ProtocolError(f"the client began with frame type {kind:#x}, not with CLIENT_INFO")
+        if length > MAX_CLIENT_INFO:
+            raise ProtocolError(f"client info of {length} bytes")
+        body_end = HEADER_LEN + length
+        if end < body_end:
+            return 0
+        payload = bytes(self._hub.read_view[HEADER_LEN:body_end])
+        key, info = handshake.open_client_info(self._hub.private_key, payload)
+        return self._admit(key, info, body_end, end)
+
+    def _admit(self, key: NodePublic, info: ClientInfo, used: int, end: int) -> int:
+        hub = self._hub
+        can_mesh = hub.mesh_keys is not None and hub.mesh_keys.accepts(info)
+        if can_mesh or hub.admission.admits_at_once(key):
+            self._open(key, info, can_mesh)
+            assert self._session is not None
+            return self._session.receive(hub.read_buffer, used, end, hub.clock())
+        # Ask elsewhere.  Until the answer is there, nothing is read, and what was read waits in the tail.
+        self._transport.pause_reading()
+        hub.admission.ask(key, self._remote.ip, lambda refusal: self._admission_answered(key, info, refusal))
+        return used
+
+    def _admission_answered(self, key: NodePublic, info: ClientInfo, refusal: str | None) -> None:
+        if self._transport.is_closing() or self not in self._hub.links:
+            return
+        if refusal is not None:
+            self._refuse(f"client {key} rejected: {refusal}")
+            return
+        self._open(key, info, False)
+        self._transport.resume_reading()
+        self._process(b"")
+
+    def _open(self, key: NodePublic, info: ClientInfo, can_mesh: bool) -> None:
+        hub = self._hub
+        self._cancel_timers()
+        if can_mesh:
+            self._transport.set_write_buffer_limits(high=_MESH_HIGH_WATER)
+        session = Session(
+            hub.router,
+            self,
+            key,
+            info,
+            now=hub.clock(),
+            remote=self._remote,
+            can_mesh=can_mesh,
+            not_ideal=self._not_ideal,
+        )
+        self._session = session
+        hub.join(session)
+        self.write(handshake.server_info_frame(hub.private_key, key, ServerInfo()))
+
+    def _login_expired(self) -> None:
+        self._login_timer = None
+        self._refuse(f"no login within {LOGIN_SECONDS:.0f} s")
+
+    def _refuse(self, why: str) -> None:
+        self._hub.counters.protocol_errors += 1
+        log.info("%s: %s; closing", self._remote, why)
+        self.abort()
+
+    def _cancel_timers(self) -> None:
+        for timer in (self._login_timer, self._resume_timer):
+            if timer is not None:
+                timer.cancel()
+        self._login_timer = self._resume_timer = None

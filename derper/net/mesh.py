@@ -1,0 +1,252 @@
+"""The mesh: this relay is a client of every other relay of its region (derp/README.md, derphttp/mesh_client.go).
+
+For each peer there is one task that dials, proves the mesh key, watches the peer's clients, and registers a
+`MeshLink` in the router as the way to each of them.  The peer does the same towards us; together the two links
+carry packets both ways.  Membership may change at any time: links to peers that stay are not touched.
+
+Unlike stock derper, the dialer checks the peer's pin and its server key, and dials again at once when a peer
+that cannot be reached shows up as a client of ours: where it comes from, it can be found.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from struct import Struct
+from typing import Final
+
+from ..client import Client, DialError, Endpoint, Options, dial_endpoint
+from ..relay.counters import Counters, DropReason
+from ..relay.session import frames_of
+from ..wire import frames
+from ..wire.client import PeerGone, PeerPresent, Ping
+from ..wire.frames import HEADER_LEN, FrameType
+from ..wire.keys import KEY_LEN, NodePublic
+from .hub import Hub
+
+__all__ = ["Mesh", "MeshLink", "Peer", "PeerStatus"]
+
+log = logging.getLogger("derper")
+
+_FIRST_RETRY: Final = 0.25  # seconds; doubled up to the last, each with jitter
+_LAST_RETRY: Final = 5.0  # mesh_client.go, retryInterval
+_SILENCE: Final = 120.0  # two missed keep-alives (derp_client.go, Recv)
+_HIGH_WATER: Final = 1 << 20
+_QUEUE_PACKETS: Final = 1024
+_KEYED: Final = HEADER_LEN + KEY_LEN
+_FORWARD_HEAD: Final = Struct(">BI32s32s")
+_FORWARD_PACKET: Final = int(FrameType.FORWARD_PACKET)
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another relay of the region.  With `server_key`, nobody else is accepted in its place."""
+
+    name: str
+    endpoint: Endpoint
+    server_key: NodePublic | None = None
+
+
+@dataclass(slots=True)
+class PeerStatus:
+    """What is known of the link to a peer."""
+
+    connected: bool = False
+    since: datetime | None = None
+    error: str | None = None
+    clients: int = 0
+
+
+class MeshLink:
+    """The way to a peer's clients.  While its socket is full, at most `_QUEUE_PACKETS` wait, the oldest goes first."""
+
+    def __init__(self, client: Client, counters: Counters) -> None:
+        self._client = client
+        self._counters = counters
+        self._queue: deque[bytes] = deque()
+        client.set_high_water(_HIGH_WATER)
+        client.on_writable(self._writable)
+
+    def forward(self, src: bytes, dst: bytes, chunk: bytes, now: float) -> None:
+        """Send the packets of a run of RECV_PACKET frames from `src` to `dst`, who is at the peer."""
+        parts: list[bytes] = []
+        for frame in frames_of(chunk):
+            parts.append(_FORWARD_HEAD.pack(_FORWARD_PACKET, len(frame) - HEADER_LEN + KEY_LEN, src, dst))
+            parts.append(frame[_KEYED:])
+        if self._client.writable:
+            self._client.write(b"".join(parts))
+            return
+        for head, packet in zip(parts[::2], parts[1::2], strict=True):
+            self._enqueue(head + packet)
+
+    def _enqueue(self, frame: bytes) -> None:
+        if len(self._queue) >= _QUEUE_PACKETS:
+            packet = self._queue.popleft()[_KEYED + KEY_LEN :]
+            self._counters.drop(DropReason.QUEUE_HEAD, frames.is_disco(packet), len(packet))
+        self._queue.append(frame)
+
+    def _writable(self, writable: bool) -> None:
+        if writable and self._queue:
+            waiting = b"".join(self._queue)
+            self._queue.clear()
+            self._client.write(waiting)
+
+
+class Mesh:
+    """Keeps a link to every peer.  `set_peers` may be called at any time, `stop` once at the end."""
+
+    def __init__(self, hub: Hub, *, rng: random.Random) -> None:
+        self._hub = hub
+        self._rng = rng
+        self._dialers: dict[str, _Dialer] = {}
+
+    def set_peers(self, peers: Mapping[str, Peer]) -> None:
+        """These are the peers now: dial the new ones, drop those gone, leave the others alone."""
+        for name, dialer in list(self._dialers.items()):
+            if peers.get(name) != dialer.peer:
+                # A peer with a new pin or address keeps its link as long as it lives; the next dial uses the new data.
+                if name in peers and peers[name].server_key == dialer.peer.server_key:
+                    dialer.peer = peers[name]
+                    dialer.wake()
+                else:
+                    dialer.stop()
+                    del self._dialers[name]
+        for name, peer in peers.items():
+            if name not in self._dialers:
+                self._dialers[name] = _Dialer(self._hub, peer, self._rng)
+
+    def redial(self) -> None:
+        """Drop and dial every link anew, for a new mesh key that the peers must see."""
+        for dialer in self._dialers.values():
+            dialer.wake()
+
+    def seen(self, key: bytes, host: str) -> None:
+        """A mesh peer with this server key connected from this address: if it cannot be reached yet, try there now."""
+        for dialer in self._dialers.values():
+            if dialer.peer.server_key == key and not dialer.status.connected:
+                dialer.hint(host)
+
+    def status(self) -> dict[str, PeerStatus]:
+        """The state of every link."""
+        return {name: dialer.status for name, dialer in self._dialers.items()}
+
+    async def stop(self) -> None:
+        """End all links."""
+        dialers = list(self._dialers.values())
+        self._dialers.clear()
+        for dialer in dialers:
+            dialer.stop()
+        await asyncio.gather(*(dialer.task for dialer in dialers), return_exceptions=True)
+
+
+class _Dialer:
+    """The task for one peer."""
+
+    def __init__(self, hub: Hub, peer: Peer, rng: random.Random) -> None:
+        self.peer = peer
+        self.status = PeerStatus()
+        self._hub = hub
+        self._rng = rng
+        self._wake = asyncio.Event()
+        self._hint: str | None = None
+        self.task = asyncio.get_running_loop().create_task(self._run())
+
+    def stop(self) -> None:
+        self.task.cancel()
+
+    def wake(self) -> None:
+        """Do not wait any longer before the next dial."""
+        self._wake.set()
+
+    def hint(self, host: str) -> None:
+        self._hint = host
+        self._wake.set()
+
+    async def _run(self) -> None:
+        retry = _FIRST_RETRY
+        while True:
+            self._wake.clear()
+            try:
+                client = await self._dial()
+            except DialError as error:
+                self._note(str(error))
+            else:
+                retry = _FIRST_RETRY
+                if client.server_key == self._hub.private_key.public:
+                    self._note(f"{self.peer.endpoint} is this relay itself")
+                    await client.close()
+                    return
+                await self._serve(client)
+            await self._pause(retry * (0.5 + self._rng.random()))
+            retry = min(retry * 2, _LAST_RETRY)
+
+    async def _dial(self) -> Client:
+        endpoint = self.peer.endpoint
+        hint, self._hint = self._hint, None
+        if hint is not None:
+            endpoint = Endpoint(
+                (hint, *endpoint.addresses),
+                endpoint.port,
+                endpoint.host_name,
+                endpoint.cert_name,
+                endpoint.insecure,
+                endpoint.roots,
+            )
+        keys = self._hub.mesh_keys
+        if keys is None:
+            raise DialError("derp", "there is no mesh key yet")
+        options = Options(mesh_key=keys.current, watch=True, server_key=self.peer.server_key)
+        return await dial_endpoint(endpoint, self._hub.private_key, options)
+
+    async def _pause(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+
+    async def _serve(self, client: Client) -> None:
+        """Follow the peer's clients until the link breaks."""
+        link = MeshLink(client, self._hub.counters)
+        present: set[bytes] = set()
+        self.status = PeerStatus(connected=True, since=datetime.now(UTC))
+        log.info("mesh: connected to %s (%s)", self.peer.name, client.server_key.short())
+        try:
+            while True:
+                async with asyncio.timeout(_SILENCE):
+                    event = await client.receive()
+                self._follow(event, client, link, present)
+                self.status.clients = len(present)
+        except TimeoutError:
+            self._note(f"nothing heard for {_SILENCE:.0f} s")
+        except ConnectionError as error:
+            self._note(str(error))
+        finally:
+            for key in present:
+                self._hub.router.remove_forwarder(key, link)
+            self.status = PeerStatus(error=self.status.error)
+            await client.close()
+
+    def _follow(self, event: object, client: Client, link: MeshLink, present: set[bytes]) -> None:
+        router = self._hub.router
+        if isinstance(event, PeerPresent):
+            if event.peer not in (self._hub.private_key.public, client.server_key):
+                present.add(event.peer)
+                router.add_forwarder(event.peer, link)
+        elif isinstance(event, PeerGone):
+            if event.peer in present:
+                present.discard(event.peer)
+                router.remove_forwarder(event.peer, link)
+        elif isinstance(event, Ping):
+            client.write(frames.pong(event.data))
+
+    def _note(self, error: str) -> None:
+        if error != self.status.error:
+            log.warning("mesh: %s: %s", self.peer.name, error)
+        self.status.connected = False
+        self.status.error = error

@@ -1,0 +1,36 @@
+"""Bound sockets."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+__all__ = ["bind"]
+
+
+def bind(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
+    """A bound, non-blocking socket; an empty host means all addresses of both families.  Raises OSError."""
+    if not host:
+        try:
+            return _bound(socket.AF_INET6, "::", port, kind, dual=True)
+        except OSError as error:
+            if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                raise
+            return _bound(socket.AF_INET, "0.0.0.0", port, kind, dual=False)
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)[0]
+    return _bound(family, str(address[0]), port, kind, dual=False)
+
+
+def _bound(family: int, host: str, port: int, kind: socket.SocketKind, *, dual: bool) -> socket.socket:
+    sock = socket.socket(family, kind)
+    try:
+        if kind == socket.SOCK_STREAM:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if dual else 1)
+        sock.setblocking(False)
+        sock.bind((host, port))
+    except OSError:
+        sock.close()
+        raise
+    return sock
