@@ -180,10 +180,13 @@ def kube_proxy(node: Node, directory: Path) -> str:
 
 
 def corefile(cache_seconds: int) -> str:
-    """`cache_seconds` also bounds how long a name that did not exist stays unknown; denials of one second at most."""
+    """CoreDNS's configuration. `cache_seconds` bounds how long answers are kept; that a name is not there, one second.
+
+    There is no way out of the cluster, so all other names do not exist: said at once, instead of a temporary failure.
+    """
     denial = min(1, cache_seconds)
     return f"""\
-.:53 {{
+{network.DOMAIN}:53 in-addr.arpa:53 {{
     errors
     health {{
         lameduck 1s
@@ -197,5 +200,10 @@ def corefile(cache_seconds: int) -> str:
         denial 9984 {denial}
     }}
     loadbalance
+}}
+.:53 {{
+    template ANY ANY {{
+        rcode NXDOMAIN
+    }}
 }}
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 from datetime import datetime
 from pathlib import Path
@@ -70,10 +69,3 @@ def start(paths: Paths, kubernetes: Path, etcd: Path) -> Api:
 def running() -> set[str]:
     """The roles of the control plane that are alive."""
     return {process.role for process in processes.find()} & set(ROLES)
-
-
-def stop() -> None:
-    """End what runs of the control plane. Only etcd has something to lose; the others hold no state."""
-    found = [process for process in processes.find() if process.role in ROLES]
-    processes.end([process for process in found if process.role != "etcd"], signal.SIGKILL)
-    processes.end([process for process in found if process.role == "etcd"], signal.SIGTERM)

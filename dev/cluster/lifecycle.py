@@ -32,6 +32,10 @@ class Cluster:
     def _settings(self) -> Path:
         return self._paths.state / "cluster.json"
 
+    @property
+    def _finished(self) -> Path:
+        return self._paths.state / "finished"
+
     def nodes(self) -> tuple[Node, ...]:
         """The nodes the cluster was made with, alive or not; raises ClusterError when there is no cluster."""
         try:
@@ -69,8 +73,8 @@ class Cluster:
         self._fresh(wanted, since, dns_cache_seconds)
 
     def _is_whole(self) -> bool:
-        """Whether a finished control plane runs. What is less than that is cleared and made anew."""
-        return self._settings.exists() and controlplane.running() == set(controlplane.ROLES)
+        """Whether `up` once came to its end and the control plane runs. What is less is cleared and made anew."""
+        return self._finished.exists() and controlplane.running() == set(controlplane.ROLES)
 
     def _fresh(self, wanted: Sequence[Node], since: datetime, dns_cache_seconds: int) -> None:
         paths = self._paths
@@ -79,14 +83,13 @@ class Cluster:
             raise ClusterError(f"the cache must not be below /run, which every node replaces; it is {paths.cache}")
         with self._steps("start etcd, API server, controller manager, scheduler"):
             paths.state.mkdir(parents=True)
+            self._settings.write_text(json.dumps({"nodes": len(wanted)}))
             self._remember_mount_points(node.create_mount_points())
             authority = controlplane.write_pki(paths, self._now())
             network.batch(network.bridge_commands(wanted))
             for each in wanted:
                 node.prepare(each, wanted, paths.node(each.name), authority, kubernetes)
             api = controlplane.start(paths, kubernetes, ETCD.directory(paths))
-        # Only now: from here on a second `up` takes the cluster for one that needs nodes at most.
-        self._settings.write_text(json.dumps({"nodes": len(wanted)}))
         self._start_nodes(wanted)
         with self._steps("load the images for pods and DNS, start DNS"):
             self._load(self._own_images(), wanted)
@@ -94,6 +97,7 @@ class Cluster:
         self._await_nodes(wanted, since)
         with self._steps("wait for DNS"):
             wait_for(lambda: api.deployment_ready("kube-system", "coredns"), otherwise="CoreDNS did not become ready")
+        self._finished.touch()
 
     def _start_nodes(self, wanted: Sequence[Node]) -> None:
         with self._steps(f"start {', '.join(each.name for each in wanted)}"), ThreadPoolExecutor() as pool:
@@ -157,9 +161,8 @@ class Cluster:
     def down(self) -> None:
         """End all processes and take away everything that `leftovers` would list."""
         network.remove_links()
-        inits = [process for process in processes.find() if process.is_init]
-        processes.end(inits, signal.SIGKILL)
-        controlplane.stop()
+        # The nodes first, whole; then what runs on the host. All at once: the data goes too, nothing is worth a farewell.
+        processes.end([process for process in processes.find() if process.is_init], signal.SIGKILL)
         processes.end(processes.find(), signal.SIGKILL)
         cgroups.remove()
         for path in self._remembered_mount_points():
