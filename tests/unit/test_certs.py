@@ -132,6 +132,14 @@ def test_other_certificates_are_not_meta(pair: CertificatePair) -> None:
     assert certs.meta_key(damaged) is None
 
 
+def test_of_several_common_names_the_last_counts_as_in_go() -> None:
+    names = [x509.NameAttribute(NameOID.COMMON_NAME, name) for name in ("a.example", "derpkey.example")]
+    key = ec.generate_private_key(ec.SECP256R1())
+    builder = x509.CertificateBuilder(subject_name=x509.Name(names), issuer_name=x509.Name(names[:1]), serial_number=7)
+    builder = builder.public_key(key.public_key()).not_valid_before(NOW).not_valid_after(NOW + timedelta(days=1))
+    assert certs.is_meta(builder.sign(key, hashes.SHA256()))
+
+
 def test_pin_is_of_the_whole_certificate(pair: CertificatePair) -> None:
     want = "sha256-raw:" + pair.leaf.fingerprint(hashes.SHA256()).hex()
     assert certs.pin(pair.leaf) == want
