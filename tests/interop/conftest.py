@@ -1,9 +1,10 @@
-"""Fixtures of the interop tests. Tests elsewhere that need the peers can import these from here."""
+"""Fixtures of the interop tests."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,7 +13,7 @@ import pytest
 from .gobuild import GoMissingError, Peers, Step, build_kind, build_peers
 from .peers import GoClients
 from .pki import Authority
-from .relays import loopback_addresses
+from .relays import OurDerper, Relay, RelayOptions, StockDerper, loopback_addresses
 
 T = TypeVar("T")
 
@@ -57,7 +58,57 @@ def authority() -> Authority:
 
 
 @pytest.fixture
+def ca_file(authority: Authority, tmp_path: Path) -> Path:
+    """The authority's certificate, for SSL_CERT_FILE."""
+    path = tmp_path / "ca.pem"
+    path.write_text(authority.pem)
+    return path
+
+
+@pytest.fixture
 async def clients(peers: Peers, tmp_path: Path) -> AsyncIterator[GoClients]:
     """A process for stock clients."""
     async with GoClients(peers.peers, tmp_path) as process:
         yield process
+
+
+class Relays:
+    """Makes relays and starts them; all end with the test."""
+
+    def __init__(self, peers: Peers, addresses: Iterator[str], workdir: Path, stack: AsyncExitStack) -> None:
+        self._peers = peers
+        self._addresses = addresses
+        self._workdir = workdir
+        self._stack = stack
+        self._made = 0
+
+    def make(self, make: str, options: RelayOptions | None = None, *, address: str | None = None) -> Relay:
+        """A relay, stock's or ours by `make`, that is not started yet."""
+        self._made += 1
+        address = address or next(self._addresses)
+        workdir = self._workdir / f"{make}-{self._made}"
+        if make == "stock":
+            return StockDerper(self._peers.derper, address, workdir, options)
+        return OurDerper(address, workdir, options)
+
+    async def start(self, relay: Relay) -> Relay:
+        return await self._stack.enter_async_context(relay)
+
+
+@pytest.fixture
+async def relays(peers: Peers, addresses: Iterator[str], tmp_path: Path) -> AsyncIterator[Relays]:
+    """Both makes of relay."""
+    async with AsyncExitStack() as stack:
+        yield Relays(peers, addresses, tmp_path, stack)
+
+
+@pytest.fixture(params=["stock", "ours"])
+def make(request: pytest.FixtureRequest) -> str:
+    """Runs a test with the stock relay, as the reference, and with ours."""
+    return str(request.param)
+
+
+@pytest.fixture
+async def relay(make: str, relays: Relays) -> Relay:
+    """A relay with a self-signed certificate for its address."""
+    return await relays.start(relays.make(make))
