@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -94,10 +94,13 @@ class Hub:
         self.loop = asyncio.get_running_loop()
         self.clock = self.loop.time
         self.links: set[Link] = set()
+        self.link_lost = asyncio.Event()  # set whenever a link closes
         self.paused: set[Link] = set()  # those whose socket is full
         # One read buffer for all links: what a link does not use at once it copies.
         self.read_buffer = bytearray(_READ_BUFFER)
         self.read_view = memoryview(self.read_buffer)
+        #: told the server key and the address of every mesh peer that logs in
+        self.mesh_peer_seen: Callable[[bytes, str], None] | None = None
         self._rng = rng
         self._wheel = _Wheel()
         self._timer: asyncio.TimerHandle | None = None
@@ -113,6 +116,17 @@ class Hub:
         for link in tuple(self.links):
             link.abort()
 
+    async def closed(self, links: Iterable[Link], seconds: float) -> None:
+        """Wait until all these links are closed, but not longer than `seconds`."""
+        waiting = set(links)
+        try:
+            async with asyncio.timeout(seconds):
+                while waiting & self.links:
+                    self.link_lost.clear()
+                    await self.link_lost.wait()
+        except TimeoutError:
+            pass
+
     def set_limits(self, limits: Limits) -> None:
         """New limits, for the connected clients too."""
         if limits == self.limits:
@@ -127,6 +141,8 @@ class Hub:
         session.set_bucket(self.limits.client_bucket(session.connected_at))
         self.router.register(session)
         self._wheel.add(session, self._rng.randint(0, _KEEP_ALIVE_JITTER))
+        if session.can_mesh and self.mesh_peer_seen is not None:
+            self.mesh_peer_seen(session.key, str(session.remote.ip))
 
     def leave(self, session: Session) -> None:
         """A client's connection is gone."""

@@ -90,6 +90,7 @@ class Link(asyncio.BufferedProtocol):
         """The connection is gone, whoever ended it."""
         hub = self._hub
         hub.links.discard(self)
+        hub.link_lost.set()
         hub.paused.discard(self)
         self._cancel_timers()
         if self._session is not None:

@@ -120,11 +120,6 @@ class Mesh:
             if name not in self._dialers:
                 self._dialers[name] = _Dialer(self._hub, peer, self._rng)
 
-    def redial(self) -> None:
-        """Drop and dial every link anew, for a new mesh key that the peers must see."""
-        for dialer in self._dialers.values():
-            dialer.wake()
-
     def seen(self, key: bytes, host: str) -> None:
         """A mesh peer with this server key connected from this address: if it cannot be reached yet, try there now."""
         for dialer in self._dialers.values():

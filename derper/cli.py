@@ -1,0 +1,114 @@
+"""The command line: ``derper [flags]`` runs a relay, ``derper region`` and ``derper probe`` are in their modules."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+from . import __version__, config
+from .config import Config, UsageError
+from .server import Relay, StartError
+
+__all__ = ["main"]
+
+log = logging.getLogger("derper")
+
+_HELP = f"""Usage: derper [flags]            run a relay (the flags of Tailscale's derper)
+       derper region [options]   run a meshed region on this machine, without a cluster
+       derper probe [options]    check every node of a DERP map, and every way through its mesh
+
+Flags of the relay:
+{config.usage()}
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; the exit status is 0, 1 for a failure, or 2 for a wrong command line."""
+    rest = list(sys.argv[1:] if arguments is None else arguments)
+    command = rest[0] if rest else ""
+    try:
+        if command == "probe":
+            from . import probe
+
+            return probe.main(rest[1:])
+        if command == "region":
+            from . import region
+
+            return region.main(rest[1:])
+        return _relay(rest)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _relay(arguments: list[str]) -> int:
+    if any(argument in ("-h", "-help", "--help") for argument in arguments):
+        print(_HELP)
+        return 0
+    if any(argument in ("-version", "--version") for argument in arguments):
+        print(__version__)
+        return 0
+    try:
+        chosen = config.parse_flags(arguments, os.environ, is_root=os.geteuid() == 0)
+    except UsageError as error:
+        print(f"derper: {error}", file=sys.stderr)
+        return 2
+    set_up_logging()
+    try:
+        run(lambda: serve(chosen))
+    except StartError as error:
+        print(f"derper: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def serve(chosen: Config) -> None:
+    """Run a relay until SIGTERM or SIGINT, then drain it; a second signal ends it at once."""
+    relay = Relay(chosen, rng=random.Random())
+    stop = stop_signals()
+    await relay.start()
+    gc.collect()
+    gc.freeze()  # what lives now lives as long as the process; do not look at it again
+    await stop.wait()
+    stop.clear()
+    log.info("derper: draining")
+    drain = asyncio.ensure_future(relay.drain())
+    again = asyncio.ensure_future(stop.wait())
+    await asyncio.wait((drain, again), return_when=asyncio.FIRST_COMPLETED)
+    again.cancel()
+    if not drain.done():
+        drain.cancel()
+        await relay.close()
+    log.info("derper: stopped")
+
+
+def stop_signals() -> asyncio.Event:
+    """An event that SIGTERM and SIGINT set."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    return stop
+
+
+def run(main_coroutine: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run on uvloop where it is installed, else on asyncio's own loop."""
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(main_coroutine())
+        return
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main_coroutine())
+
+
+def set_up_logging() -> None:
+    """Log to standard error, with the time as Go writes it."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%Y/%m/%d %H:%M:%S")
+    logging.getLogger("asyncio").setLevel(logging.WARNING)

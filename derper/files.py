@@ -1,0 +1,181 @@
+"""What a relay reads from disk, and reads again when it changes.
+
+`Watched` is one value that comes from files.  A broken new version never replaces a good one: the old value
+stays in force, the problem is logged once, and shows in the readiness detail and in the metrics.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from . import certs
+from .certs import CertificateError, CertificatePair
+from .net.hub import MeshKeys
+from .relay.admission import KeyListError
+from .settings import SettingsError
+from .wire.keys import KeyFormatError, MeshKey, NodePrivate
+
+__all__ = [
+    "FileError",
+    "Watched",
+    "load_key",
+    "load_mesh_keys",
+    "load_pairs",
+    "make_ip_certificate",
+    "make_key",
+    "read_file",
+    "read_text",
+]
+
+log = logging.getLogger("derper")
+
+_T = TypeVar("_T")
+
+
+class FileError(Exception):
+    """A file cannot be used.  The message is one sentence: which file, what is wrong."""
+
+
+class Watched(Generic[_T]):
+    """A value that `load` makes from the files at `paths()`, handed to `apply` whenever they change."""
+
+    def __init__(
+        self,
+        what: str,
+        paths: Callable[[], Sequence[Path]],
+        load: Callable[[], _T],
+        apply: Callable[[_T], None],
+    ) -> None:
+        self.what = what
+        self._paths = paths
+        self._load = load
+        self._apply = apply
+        self._seen: object = None
+        self.problem: str | None = None  #: why the newest version is not in force
+        self.loads = 0
+        self.failures = 0
+
+    def poll(self) -> bool:
+        """Look whether the files changed, and load them if so; true if a new value is in force."""
+        seen = [_signature(path) for path in self._paths()]
+        if seen == self._seen:
+            return False
+        self._seen = seen
+        try:
+            self._apply(self._load())
+        except (FileError, CertificateError, SettingsError, KeyListError, KeyFormatError, OSError) as error:
+            self.failures += 1
+            self.problem = f"{self.what}: {_sentence(error)}"
+            log.warning(
+                "%s; %s", self.problem.rstrip("."), "the old one stays in force" if self.loads else "waiting for it"
+            )
+            return False
+        if self.loads:
+            log.info("%s: reloaded", self.what)
+        self.loads += 1
+        self.problem = None
+        return True
+
+
+def _signature(path: Path) -> object:
+    try:
+        info = os.stat(path)
+    except OSError as error:
+        return error.errno
+    return (info.st_mtime_ns, info.st_ino, info.st_size)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename}: {(error.strerror or str(error)).lower()}"
+    return str(error)
+
+
+def read_file(path: Path) -> bytes:
+    """The file's bytes.  Raises `FileError`."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise FileError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+
+
+def read_text(path: Path) -> str:
+    """The file's text.  Raises `FileError`."""
+    try:
+        return read_file(path).decode()
+    except UnicodeDecodeError:
+        raise FileError(f"{path}: not a text file") from None
+
+
+def load_key(path: Path) -> NodePrivate:
+    """The server's private key from stock derper's JSON file.  Raises `FileError`."""
+    try:
+        return NodePrivate.from_config(read_text(path))
+    except KeyFormatError as error:
+        raise FileError(f"{path}: {error}") from None
+
+
+def make_key(path: Path) -> None:
+    """Make the key file with a new key if there is none (cmd/derper, writeNewConfig).  Raises `FileError`."""
+    if path.exists():
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_private(path, NodePrivate.generate().to_config().encode())
+    except OSError as error:
+        raise FileError(f"cannot make the key file {path}: {(error.strerror or str(error)).lower()}") from None
+
+
+def load_mesh_keys(path: Path) -> MeshKeys:
+    """The first line is the key to present; further lines are accepted from peers too.  Raises `FileError`."""
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if not lines:
+        raise FileError(f"{path}: it is empty; it must hold a mesh key of 64 hexadecimal digits")
+    keys = []
+    for number, line in enumerate(lines, 1):
+        try:
+            keys.append(MeshKey.parse(line))
+        except KeyFormatError as error:
+            raise FileError(f"{path}, line {number}: {error}") from None
+    return MeshKeys(keys[0], tuple(keys))
+
+
+def load_pairs(stems: Sequence[str]) -> tuple[CertificatePair, ...]:
+    """The certificates at ``STEM.crt`` and ``STEM.key``.  Raises `FileError` and `certs.CertificateError`."""
+    return tuple(certs.read_pair(Path(stem + ".crt"), Path(stem + ".key")) for stem in stems)
+
+
+def make_ip_certificate(stem: Path, host: str, now: datetime) -> None:
+    """Make a self-signed certificate at `stem` if `host` is an IP address and there is none (cmd/derper/cert.go).
+
+    Raises `FileError`.
+    """
+    cert_path, key_path = Path(f"{stem}.crt"), Path(f"{stem}.key")
+    try:
+        ip_address(host)
+    except ValueError:
+        return
+    if cert_path.exists() or key_path.exists():
+        return
+    pair = certs.self_signed([host], now=now)
+    try:
+        cert_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        cert_path.write_bytes(pair.cert_pem)
+        _write_private(key_path, pair.key_pem)
+    except OSError as error:
+        raise FileError(f"cannot write the certificate {cert_path}: {(error.strerror or str(error)).lower()}") from None
+
+
+def _write_private(path: Path, data: bytes) -> None:
+    """Write a file that only its owner can read, all at once."""
+    temporary = path.with_name(path.name + ".new")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+    temporary.replace(path)

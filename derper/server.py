@@ -1,0 +1,360 @@
+"""A relay: everything put together, started, kept up to date, drained.
+
+::
+
+    relay = Relay(config, rng=random.Random())
+    await relay.start()          # raises StartError
+    ...
+    await relay.drain()          # clients are sent elsewhere, then all is closed
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import random
+from datetime import datetime
+from typing import Any, Final
+
+from aiohttp import web
+
+from . import __version__, metrics
+from .certs import CertificateError, CertificatePair, pin
+from .config import Config
+from .derpmap import DERPNode
+from .files import FileError
+from .net.admission import Admission
+from .net.doorman import Doorman, Reception
+from .net.http import public_app, redirect_app
+from .net.hub import Hub
+from .net.listener import Listener, SocketOptions
+from .net.mesh import Mesh
+from .net.stun import STUNServer
+from .net.tls import ServerTLS, utc_now
+from .relay.limits import TokenBucket
+from .state import RelayState
+from .wire import frames
+
+__all__ = ["Relay", "StartError"]
+
+log = logging.getLogger("derper")
+
+_POLL_SECONDS: Final = 1.0
+_DRAIN_STEPS: Final = 20
+_DRAIN_STEP_SECONDS: Final = 0.2
+_FLUSH_SECONDS: Final = 0.2
+_META_RENEW_DAYS: Final = 7
+_KEEP_ALIVE_HTTP: Final = 30.0
+
+
+class StartError(Exception):
+    """The relay cannot start.  The message is one sentence for the user."""
+
+
+class Relay:
+    """One relay.  Create it inside the running loop."""
+
+    def __init__(self, config: Config, *, rng: random.Random) -> None:
+        self.config = config
+        self.state = RelayState(config, utc_now)
+        self.hub: Hub | None = None
+        self.mesh: Mesh | None = None
+        self.tls: ServerTLS | None = None
+        self.stun: STUNServer | None = None
+        self.listener: Listener | None = None
+        self.draining = False
+        self._rng = rng
+        self._admission = Admission(self.state.policy())
+        self._http_listener: Listener | None = None
+        self._served_pairs: tuple[CertificatePair, ...] = ()
+        self._runners: list[web.AppRunner] = []
+        self._poll_task: asyncio.Task[None] | None = None
+        self._options = SocketOptions(config.tcp_keep_alive, config.tcp_user_timeout)
+
+    # -- life ----------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Read the files, listen, dial the mesh.  Raises `StartError`."""
+        try:
+            self.state.load_all()
+            if self.config.metrics_port:
+                await self._serve_metrics()
+            await self._open()
+        except (FileError, CertificateError) as error:
+            await self.close()
+            raise StartError(str(error)) from None
+        except StartError:
+            await self.close()
+            raise
+        if self.config.tls and not self.config.settings:
+            self._announce_certificate()
+        self._poll_task = asyncio.get_running_loop().create_task(self._follow_files())
+
+    async def drain(self) -> None:
+        """Send the clients elsewhere: STUN and readiness first, then the port, then the clients in small steps,
+        the mesh last, so that those who wait for their turn are still reached from other nodes."""
+        self.draining = True
+        if self.listener is not None:
+            self.listener.close()
+        if self._http_listener is not None:
+            self._http_listener.close()
+        if self.hub is not None:
+            await self._close_clients(self.hub)
+        await self.close()
+
+    async def close(self) -> None:
+        """Close everything at once."""
+        self.draining = True
+        if self._poll_task is not None:
+            self._poll_task.cancel()
+        for listener in (self.listener, self._http_listener):
+            if listener is not None:
+                listener.close()
+        if self.stun is not None:
+            self.stun.close()
+        if self.mesh is not None:
+            await self.mesh.stop()
+        if self.hub is not None:
+            self.hub.stop()
+        await self._admission.close()
+        for runner in self._runners:
+            await runner.cleanup()
+        self._runners.clear()
+
+    async def _close_clients(self, hub: Hub) -> None:
+        clients = [link for link in hub.links if link.session is None or not link.session.can_mesh]
+        for link in clients:
+            if link.session is not None:
+                link.session.control(frames.restarting(0.0, 5.0))
+        size = max(1, math.ceil(len(clients) / _DRAIN_STEPS))
+        for start in range(0, len(clients), size):
+            for link in clients[start : start + size]:
+                link.close()
+            if start + size < len(clients):
+                await asyncio.sleep(_DRAIN_STEP_SECONDS)
+        await hub.closed(clients, _FLUSH_SECONDS)
+
+    # -- what is open ----------------------------------------------------------------------------------------
+
+    async def _open(self) -> None:
+        """Open what can be opened; called again when files arrive."""
+        state = self.state
+        if self.hub is None and state.private_key is not None:
+            self.hub = Hub(state.private_key, self._admission, rng=self._rng)
+            self.mesh = Mesh(self.hub, rng=self._rng)
+            self.hub.mesh_peer_seen = self.mesh.seen
+            self.tls = ServerTLS(state.private_key.public.hex())
+            self.hub.start()
+        if self.hub is None:
+            return
+        self._apply()
+        if self.config.stun and self.stun is None:
+            self.stun = await self._open_stun()
+        if self.listener is None and not state.missing and not self.draining:
+            await self._listen(self.hub)
+
+    def _apply(self) -> None:
+        """Put the state into force."""
+        assert self.hub is not None
+        assert self.mesh is not None
+        assert self.tls is not None
+        self.hub.mesh_keys = self.state.mesh_keys
+        self.hub.set_limits(self.state.limits)
+        self._admission.policy = self.state.policy()
+        if self.state.pairs and (self.state.pairs is not self._served_pairs or self._meta_is_old()):
+            self.tls.load(self.state.pairs, utc_now())
+            self._served_pairs = self.state.pairs
+        self.mesh.set_peers(self.state.peers() if self.state.mesh_keys is not None else {})
+        if self.listener is not None:
+            self.listener.limit = self._accept_limit()
+
+    async def _open_stun(self) -> STUNServer:
+        host, port = self.config.listen_host, self.config.stun_port
+        try:
+            return await STUNServer.listen(host, port, self.serving)
+        except OSError as error:
+            raise StartError(_cannot_listen("UDP", host, port, error, "-stun-port")) from None
+
+    async def _listen(self, hub: Hub) -> None:
+        config = self.config
+        public = await self._runner(public_app(config.home, derp=config.derp))
+        reception = Reception(hub, public, serve_derp=config.derp)
+        context = self._context if config.tls else None
+        try:
+            self.listener = Listener.listen(
+                config.listen_host,
+                config.listen_port,
+                lambda: Doorman(reception),
+                context=context,
+                options=self._options,
+            )
+        except OSError as error:
+            raise StartError(_cannot_listen("TCP", config.listen_host, config.listen_port, error, "-a")) from None
+        self.listener.limit = self._accept_limit()
+        if config.tls and config.http_port >= 0:
+            await self._listen_http(hub)
+        scheme = "with TLS" if config.tls else "without TLS"
+        log.info("derper: serving on %s:%d %s", config.listen_host, self.listener.port, scheme)
+
+    async def _listen_http(self, hub: Hub) -> None:
+        config = self.config
+        reception = Reception(hub, await self._runner(redirect_app()), serve_derp=False)
+        try:
+            self._http_listener = Listener.listen(
+                config.listen_host,
+                config.http_port,
+                lambda: Doorman(reception),
+                context=None,
+                options=self._options,
+            )
+        except OSError as error:
+            raise StartError(_cannot_listen("TCP", config.listen_host, config.http_port, error, "-http-port")) from None
+
+    def _context(self) -> Any:
+        return self.tls.context if self.tls is not None else None
+
+    def _accept_limit(self) -> TokenBucket | None:
+        limits = self.state.limits
+        if not limits.accept_per_second:
+            return None
+        now = asyncio.get_running_loop().time()
+        return TokenBucket(limits.accept_per_second, max(limits.accept_burst, 1), now)
+
+    async def _runner(self, app: web.Application) -> Any:
+        runner = web.AppRunner(app, access_log=None, handle_signals=False, keepalive_timeout=_KEEP_ALIVE_HTTP)
+        await runner.setup()
+        self._runners.append(runner)
+        return runner.server
+
+    # -- keeping up ----------------------------------------------------------------------------------------
+
+    async def _follow_files(self) -> None:
+        while True:
+            await asyncio.sleep(_POLL_SECONDS)
+            if self.state.poll() or (self.hub is not None and self.listener is None) or self._meta_is_old():
+                try:
+                    await self._open()
+                except (StartError, CertificateError) as error:
+                    log.error("%s", error)
+
+    def _meta_is_old(self) -> bool:
+        expires = self.tls.meta_expires if self.tls is not None else None
+        return expires is not None and (expires - utc_now()).days < _META_RENEW_DAYS
+
+    def _announce_certificate(self) -> None:
+        """As stock derper: tell what to put into the DERP map (cmd/derper/cert.go)."""
+        leaf = self.state.pairs[0].leaf
+        host = self.config.hostname
+        if not _is_ip(host):
+            return
+        node = DERPNode(name="custom", region_id=900, host_name=host, cert_name=pin(leaf))
+        entry = {"Name": node.name, "RegionID": node.region_id, "HostName": node.host_name, "CertName": node.cert_name}
+        log.info(
+            "Using self-signed certificate for IP address %s. Configure it in DERPMap using:"
+            " (https://tailscale.com/s/custom-derp)\n  %s",
+            json.dumps(host),
+            json.dumps(entry, separators=(",", ":")),
+        )
+
+    # -- how it is -------------------------------------------------------------------------------------------
+
+    def reasons(self) -> list[str]:
+        """Why the relay does not serve clients; empty when it does."""
+        if self.draining:
+            return ["draining"]
+        reasons = self.state.missing + (self.state.problems if self.state.missing else [])
+        if not reasons and self.config.tls and (self.tls is None or not self.tls.valid(utc_now())):
+            reasons.append("the certificate has expired")
+        if not reasons and self.listener is None:
+            reasons.append("not listening yet")
+        return reasons
+
+    def serving(self) -> bool:
+        """Whether a client that comes now is served; STUN is silent otherwise."""
+        return not self.reasons()
+
+    def status(self) -> dict[str, Any]:
+        """The relay's state as JSON, see docs/operations.md."""
+        reasons = self.reasons()
+        return {
+            "node": self.config.node,
+            "ready": not reasons,
+            "reasons": reasons,
+            "problems": self.state.problems,
+            "draining": self.draining,
+            "serverKey": str(self.hub.private_key.public) if self.hub else None,
+            "certificates": self._certificate_status(),
+            "mesh": self._mesh_status(),
+            "clients": len(self.hub.router.active) if self.hub else 0,
+            "settings": self.state.settings.digest if self.state.settings else None,
+            "version": __version__,
+        }
+
+    def _certificate_status(self) -> list[dict[str, Any]]:
+        served = self.tls.certificates if self.tls is not None else ()
+        return [
+            {
+                "names": list(certificate.names),
+                "certName": certificate.pin,
+                "notAfter": _timestamp(certificate.not_after),
+                "default": certificate is served[0],
+            }
+            for certificate in served
+        ]
+
+    def _mesh_status(self) -> dict[str, Any]:
+        links = self.mesh.status() if self.mesh is not None else {}
+        return {
+            name: {
+                "connected": link.connected,
+                "since": _timestamp(link.since) if link.since else None,
+                "clients": link.clients,
+                "error": link.error,
+            }
+            for name, link in sorted(links.items())
+        }
+
+    # -- the metrics port --------------------------------------------------------------------------------------
+
+    async def _serve_metrics(self) -> None:
+        app = web.Application()
+        app.router.add_get("/healthz", self._healthz)
+        app.router.add_get("/readyz", self._readyz)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/status", self._status)
+        runner = web.AppRunner(app, access_log=None, handle_signals=False)
+        await runner.setup()
+        self._runners.append(runner)
+        host, port = self.config.metrics_host, self.config.metrics_port
+        try:
+            await web.TCPSite(runner, host or None, port).start()
+        except OSError as error:
+            raise StartError(_cannot_listen("TCP", host, port, error, "-metrics-addr")) from None
+
+    async def _healthz(self, _request: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def _readyz(self, _request: web.Request) -> web.Response:
+        reasons = self.reasons()
+        return web.Response(status=503 if reasons else 200, text="\n".join(reasons or ["ok"]) + "\n")
+
+    async def _metrics(self, _request: web.Request) -> web.Response:
+        return web.Response(text=metrics.render(metrics.collect(self)), content_type="text/plain")
+
+    async def _status(self, _request: web.Request) -> web.Response:
+        return web.json_response(self.status())
+
+
+def _cannot_listen(kind: str, host: str, port: int, error: OSError, flag: str) -> str:
+    why = (error.strerror or str(error)).lower()
+    return f"cannot listen on {kind} {host or '*'}:{port}: {why}; stop what uses it or choose another with {flag}"
+
+
+def _is_ip(name: str) -> bool:
+    return name.replace(".", "").isdigit() or ":" in name
+
+
+def _timestamp(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,161 @@
+"""The settings file: what an operator tells a relay about its region, while it runs.
+
+One JSON object, see `docs/architecture.md`::
+
+    {"region": "berlin",
+     "nodes": {"berlin-0": {"serverKey": "nodekey:<hex>", "hostName": "berlin-0-g1.derp.internal",
+                            "certName": "sha256-raw:<hex>", "dial": "berlin-0.berlin-mesh.derp.svc:8443",
+                            "certificates": ["/etc/derper/secret/berlin-0.g1"]}},
+     "admission": {"open": true, "urls": [], "keyFile": null, "failOpen": false},
+     "limits": {"acceptPerSecond": 0, "acceptBurst": 0, "clientBytesPerSecond": 0, "clientBurstBytes": 0}}
+
+A certificate is named by its path without ``.crt`` and ``.key``.  Every node but oneself is a mesh peer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from .relay.limits import Limits
+from .wire.keys import KeyFormatError, NodePublic
+
+__all__ = ["AdmissionSettings", "NodeSettings", "Settings", "SettingsError", "parse_settings"]
+
+_T = TypeVar("_T")
+
+
+class SettingsError(ValueError):
+    """The settings cannot be used; the message is one sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSettings:
+    """One relay of the region."""
+
+    server_key: NodePublic
+    host_name: str  #: SNI for those who dial it
+    cert_name: str  #: pin for those who dial it
+    dial_host: str
+    dial_port: int
+    certificates: tuple[str, ...]  #: path stems; the first is for clients without SNI
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionSettings:
+    """Who may use the relay, see `relay.admission`."""
+
+    is_open: bool = False
+    urls: tuple[str, ...] = ()
+    key_file: str | None = None
+    fail_open: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The whole file.  `digest` is the SHA-256 of its bytes."""
+
+    region: str = ""
+    nodes: Mapping[str, NodeSettings] = field(default_factory=dict)
+    admission: AdmissionSettings = field(default_factory=AdmissionSettings)
+    limits: Limits = field(default_factory=Limits)
+    digest: str = ""
+
+
+def parse_settings(data: bytes) -> Settings:
+    """Read a settings file.  Unknown keys are ignored, so that an older relay runs with a newer operator's file.
+
+    Raises `SettingsError`.
+    """
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise SettingsError(f"not JSON: {error}") from None
+    top = _Object(body, "the settings")
+    nodes = top.child("nodes")
+    return Settings(
+        region=top.get("region", str, ""),
+        nodes={name: _node(_Object(value, f"nodes.{name}")) for name, value in nodes.items()},
+        admission=_admission(top.child("admission")),
+        limits=_limits(top.child("limits")),
+        digest=hashlib.sha256(data).hexdigest(),
+    )
+
+
+class _Object:
+    """A JSON object that knows where it stands."""
+
+    def __init__(self, value: Any, where: str) -> None:
+        if not isinstance(value, dict):
+            raise SettingsError(f"{where} must be a JSON object")
+        self._value = value
+        self._where = where
+
+    def get(self, key: str, kind: type[_T], default: _T | None = None) -> _T:
+        value = self._value.get(key)
+        if value is None and default is not None:
+            return default
+        if type(value) is not kind:
+            raise SettingsError(f"{self._where}.{key} must be a {_KINDS[kind]}")
+        return value
+
+    def strings(self, key: str) -> tuple[str, ...]:
+        value = self._value.get(key) or []
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise SettingsError(f"{self._where}.{key} must be a list of strings")
+        return tuple(value)
+
+    def number(self, key: str) -> float:
+        value = self._value.get(key) or 0
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            raise SettingsError(f"{self._where}.{key} must be a number that is not negative")
+        return float(value)
+
+    def child(self, key: str) -> _Object:
+        return _Object(self._value.get(key) or {}, f"{self._where}.{key}")
+
+    def items(self) -> list[tuple[str, Any]]:
+        return sorted(self._value.items())
+
+
+_KINDS: Mapping[type, str] = {str: "string", bool: "true or false", int: "whole number"}
+
+
+def _node(node: _Object) -> NodeSettings:
+    try:
+        server_key = NodePublic.parse(node.get("serverKey", str))
+    except KeyFormatError as error:
+        raise SettingsError(f"{node._where}.serverKey: {error}") from None
+    dial = node.get("dial", str)
+    host, _, port = dial.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise SettingsError(f"{node._where}.dial must be HOST:PORT, not {dial!r}")
+    return NodeSettings(
+        server_key=server_key,
+        host_name=node.get("hostName", str),
+        cert_name=node.get("certName", str, ""),
+        dial_host=host.strip("[]"),
+        dial_port=int(port),
+        certificates=node.strings("certificates"),
+    )
+
+
+def _admission(admission: _Object) -> AdmissionSettings:
+    return AdmissionSettings(
+        is_open=admission.get("open", bool, False),
+        urls=admission.strings("urls"),
+        key_file=admission.get("keyFile", str, "") or None,
+        fail_open=admission.get("failOpen", bool, False),
+    )
+
+
+def _limits(limits: _Object) -> Limits:
+    return Limits(
+        client_bytes_per_second=int(limits.number("clientBytesPerSecond")),
+        client_burst_bytes=int(limits.number("clientBurstBytes")),
+        accept_per_second=limits.number("acceptPerSecond"),
+        accept_burst=int(limits.number("acceptBurst")),
+    )

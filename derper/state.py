@@ -1,0 +1,220 @@
+"""What a relay should be, read from its files and flags: key, certificates, mesh, admission, limits.
+
+`RelayState` is the one place where configuration becomes facts; `server.Relay` puts them into force.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from . import files
+from .certs import CertificateError, CertificatePair, check
+from .client import Endpoint
+from .config import Config
+from .files import FileError, Watched
+from .net.hub import MeshKeys
+from .net.mesh import Peer
+from .relay.admission import AdmissionPolicy, KeyListError, parse_key_list
+from .relay.limits import Limits
+from .settings import Settings, parse_settings
+from .wire.keys import NodePrivate
+
+__all__ = ["RelayState"]
+
+
+class RelayState:
+    """The newest good version of everything.  Call `poll` about once a second; `changed` tells what is new.
+
+    With flags alone every file must be good at the start (`load_all`).  With a settings file anything may be
+    missing at first: the relay runs, is not ready, and says why.
+    """
+
+    def __init__(self, config: Config, now: Callable[[], datetime]) -> None:
+        self.config = config
+        self._now = now
+        self.private_key: NodePrivate | None = None
+        self.mesh_keys: MeshKeys | None = None
+        self.pairs: tuple[CertificatePair, ...] = ()
+        self.settings: Settings | None = None
+        self.listed_keys: frozenset[bytes] = frozenset()
+        self.limits = _flag_limits(config)
+        self.watched: list[Watched[Any]] = list(self._watch())
+
+    def load_all(self) -> None:
+        """Load everything for the first time; make a missing key and IP certificate, as stock derper does.
+
+        Raises `FileError`.
+        """
+        if not self.config.settings:
+            if self.config.key_path:
+                files.make_key(Path(self.config.key_path))
+            if self.config.tls:
+                files.make_ip_certificate(self._flag_stem(), self.config.hostname, self._now())
+        for watched in self.watched:
+            watched.poll()
+            if watched.problem is not None and not self.config.settings:
+                raise FileError(watched.problem)
+
+    def poll(self) -> list[str]:
+        """Read what changed; the names of what is new."""
+        return [watched.what for watched in self.watched if watched.poll()]
+
+    @property
+    def problems(self) -> list[str]:
+        """What is on disk and cannot be used, one sentence each."""
+        return [watched.problem for watched in self.watched if watched.problem is not None]
+
+    @property
+    def missing(self) -> list[str]:
+        """Why the relay cannot serve, as far as its files go."""
+        reasons = []
+        if self.private_key is None:
+            reasons.append("there is no server key yet")
+        if self.config.settings and (self.settings is None or self.config.node not in self.settings.nodes):
+            reasons.append(f"node {self.config.node!r} is not in the settings")
+        elif self.config.tls and not self.pairs:
+            reasons.append("there is no certificate yet")
+        if self.mesh_keys is None and self.peers():
+            reasons.append("there is no mesh key yet")
+        return reasons
+
+    def peers(self) -> dict[str, Peer]:
+        """The other relays of the region."""
+        if self.settings is None:
+            return {
+                entry.host: Peer(entry.host, Endpoint((entry.dial_host,), entry.port, entry.host))
+                for entry in self.config.mesh_with
+            }
+        return {
+            name: Peer(
+                name, Endpoint((node.dial_host,), node.dial_port, node.host_name, node.cert_name), node.server_key
+            )
+            for name, node in self.settings.nodes.items()
+            if name != self.config.node
+        }
+
+    def policy(self) -> AdmissionPolicy:
+        """Who is admitted."""
+        if not self.config.settings:
+            url = self.config.verify_url
+            urls = (url,) if url else ()
+            return AdmissionPolicy(is_open=not url, urls=urls, fail_open=self.config.verify_fail_open)
+        if self.settings is None:
+            return AdmissionPolicy()
+        admission = self.settings.admission
+        return AdmissionPolicy(admission.is_open, admission.urls, self.listed_keys, admission.fail_open)
+
+    # -- the files ---------------------------------------------------------------------------------------
+
+    def _watch(self) -> list[Watched[Any]]:
+        config = self.config
+        watched: list[Watched[Any]] = []
+        if config.settings:
+            path = Path(config.settings)
+            watched.append(Watched("settings", lambda: [path], lambda: self._read_settings(path), self._set_settings))
+            watched.append(Watched("key list", self._key_list_paths, self._read_key_list, self._set_keys))
+        if config.key_path:
+            key_path = Path(config.key_path)
+            watched.append(Watched("server key", lambda: [key_path], lambda: files.load_key(key_path), self._set_key))
+        else:
+            self.private_key = NodePrivate.generate()
+        if config.mesh_key_path:
+            mesh_path = Path(config.mesh_key_path)
+            watched.append(
+                Watched("mesh key", lambda: [mesh_path], lambda: files.load_mesh_keys(mesh_path), self._set_mesh_keys)
+            )
+        if config.tls:
+            watched.append(Watched("certificates", self._pair_paths, self._read_pairs, self._set_pairs))
+        if config.rate_config:
+            rate_path = Path(config.rate_config)
+            watched.append(
+                Watched("rate limits", lambda: [rate_path], lambda: self._read_limits(rate_path), self._set_limits)
+            )
+        return watched
+
+    def _flag_stem(self) -> Path:
+        return Path(self.config.cert_dir) / self.config.hostname
+
+    def _stems(self) -> tuple[str, ...]:
+        if not self.config.settings:
+            return (str(self._flag_stem()),)
+        node = self.settings.nodes.get(self.config.node) if self.settings is not None else None
+        return node.certificates if node is not None else ()
+
+    def _pair_paths(self) -> list[Path]:
+        return [Path(stem + suffix) for stem in self._stems() for suffix in (".crt", ".key")]
+
+    def _read_pairs(self) -> tuple[CertificatePair, ...]:
+        pairs = files.load_pairs(self._stems())
+        now = self._now()
+        for stem, pair in zip(self._stems(), pairs, strict=True):
+            name = "" if self.config.settings else self.config.hostname
+            check(pair.leaf, now=now, name=name, source=f"{stem}.crt")
+        return pairs
+
+    def _read_settings(self, path: Path) -> Settings:
+        try:
+            return parse_settings(files.read_file(path))
+        except ValueError as error:
+            raise FileError(f"{path}: {error}") from None
+
+    def _key_list_paths(self) -> list[Path]:
+        name = self.settings.admission.key_file if self.settings is not None else None
+        return [] if name is None else [Path(name)]
+
+    def _read_key_list(self) -> frozenset[bytes]:
+        keys: frozenset[bytes] = frozenset()
+        for path in self._key_list_paths():
+            try:
+                keys |= parse_key_list(files.read_text(path))
+            except KeyListError as error:
+                raise FileError(f"{path}, {error}") from None
+        return keys
+
+    def _read_limits(self, path: Path) -> Limits:
+        """Stock derper's rate config (derpserver.RateConfig)."""
+        try:
+            body = json.loads(files.read_file(path))
+            rate, burst = (int(body.get(f"PerClientRate{name}", 0)) for name in ("LimitBytesPerSec", "BurstBytes"))
+        except (ValueError, TypeError, AttributeError):
+            form = '{"PerClientRateLimitBytesPerSec": 0, "PerClientRateBurstBytes": 0}'
+            raise FileError(f"{path}: it must be JSON of the form {form}") from None
+        return replace(self.limits, client_bytes_per_second=rate, client_burst_bytes=burst)
+
+    # -- what they say -------------------------------------------------------------------------------------
+
+    def _set_settings(self, settings: Settings) -> None:
+        self.settings = settings
+        self.limits = replace(settings.limits, write_timeout=self.config.write_timeout)
+
+    def _set_keys(self, keys: frozenset[bytes]) -> None:
+        self.listed_keys = keys
+
+    def _set_key(self, key: NodePrivate) -> None:
+        if self.private_key is not None and self.private_key.public != key.public:
+            raise FileError(f"{self.config.key_path}: the server key cannot change while the relay runs; restart it")
+        self.private_key = key
+
+    def _set_mesh_keys(self, keys: MeshKeys) -> None:
+        self.mesh_keys = keys
+
+    def _set_pairs(self, pairs: tuple[CertificatePair, ...]) -> None:
+        if not pairs and self.pairs:
+            raise CertificateError("the settings name no certificate for this node")
+        self.pairs = pairs
+
+    def _set_limits(self, limits: Limits) -> None:
+        self.limits = limits
+
+
+def _flag_limits(config: Config) -> Limits:
+    return Limits(
+        accept_per_second=config.accept_per_second,
+        accept_burst=config.accept_burst,
+        write_timeout=config.write_timeout,
+    )
