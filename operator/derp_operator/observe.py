@@ -1,0 +1,135 @@
+"""What there is: the region's children and pods, what the spec refers to, and what the relays answer."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from . import names
+from .apply import Identity, find_unlabelled, read_children
+from .kube import ApiError, Cluster, Object
+from .probe import Answer, Prober, Target
+from .references import Data
+from .render import identities
+from .spec import Region
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One look at the cluster.  `pods` by name, `nodes` by name (only readable ones), `secrets` those of the user."""
+
+    live: Mapping[Identity, Object]
+    pods: Mapping[str, Object]
+    nodes: Mapping[str, Object]
+    secrets: Mapping[str, Data]
+    clients: Data
+
+    def members(self, region: Region) -> list[str]:
+        """The pods of the mesh: the wanted ones, and those that still run; by ordinal."""
+        left = {number for pod in self.pods if (number := names.ordinal_of(region.name, pod)) is not None}
+        return [names.pod_name(region.name, number) for number in sorted(left | set(range(region.replicas)))]
+
+    def data(self, kind: str, name: str) -> dict[str, bytes] | None:
+        """The content of a child, None if it does not exist."""
+        item = self.live.get((kind, name))
+        return None if item is None else content(item, kind)
+
+
+async def look(cluster: Cluster, region: Region) -> Seen:
+    """Read everything that a pass over the region depends on, straight from the API server: no cache, no stale view."""
+    live, pods, secrets, clients = await asyncio.gather(
+        read_children(cluster, region),
+        cluster.list("Pod", region.namespace, names.labels(region.name)),
+        _secrets(cluster, region),
+        _clients(cluster, region),
+    )
+    seen = Seen(
+        live=live,
+        pods={pod["metadata"]["name"]: pod for pod in pods},
+        nodes=await _nodes(cluster, region, pods),
+        secrets=secrets,
+        clients=clients,
+    )
+    wanted = identities(region, seen.members(region))
+    live.update(await find_unlabelled(cluster, region, wanted, live))
+    return seen
+
+
+async def answers(prober: Prober, targets: Iterable[Target]) -> dict[str, Answer]:
+    """Ask all relays at once."""
+    asked = list(targets)
+    return dict(zip((target.pod for target in asked), await asyncio.gather(*map(prober, asked)), strict=True))
+
+
+def content(item: Mapping[str, Any], kind: str) -> dict[str, bytes]:
+    """The data of a Secret or a ConfigMap as bytes."""
+    if kind == "ConfigMap":
+        return {key: str(value).encode() for key, value in (item.get("data") or {}).items()}
+    decoded = {}
+    for key, value in (item.get("data") or {}).items():
+        try:
+            decoded[key] = base64.b64decode(value)
+        except binascii.Error:  # the API server lets no such Secret in
+            decoded[key] = b""
+    return decoded
+
+
+def recorded_nodes(seen: Seen, region: Region) -> dict[str, Any]:
+    """The nodes that the relays have been told of, from the settings that stand in the cluster."""
+    data = seen.data("ConfigMap", names.settings_map(region.name)) or {}
+    try:
+        nodes = json.loads(data.get(names.SETTINGS_FILE, b"{}")).get("nodes", {})
+    except (ValueError, AttributeError):  # edited by hand; the next apply repairs it
+        return {}
+    return {pod: node for pod, node in nodes.items() if isinstance(node, dict)} if isinstance(nodes, dict) else {}
+
+
+def is_ready(pod: Mapping[str, Any]) -> bool:
+    """Whether the kubelet finds the pod ready and nobody has asked it to stop."""
+    if pod["metadata"].get("deletionTimestamp"):
+        return False
+    found = pod.get("status", {}).get("conditions", ())
+    return any(item["type"] == "Ready" and item["status"] == "True" for item in found)
+
+
+def address(pod: Mapping[str, Any]) -> str | None:
+    """The pod's own address, if something may answer there."""
+    status = pod.get("status", {})
+    running = status.get("phase") == "Running" and not pod["metadata"].get("deletionTimestamp")
+    return status.get("podIP") if running else None
+
+
+async def _secrets(cluster: Cluster, region: Region) -> dict[str, Data]:
+    wanted = region.tls.certificates
+    found = await asyncio.gather(*(cluster.get("Secret", region.namespace, name) for name in wanted))
+    return {name: None if item is None else content(item, "Secret") for name, item in zip(wanted, found, strict=True)}
+
+
+async def _clients(cluster: Cluster, region: Region) -> Data:
+    source = region.clients.keys_from
+    item = await cluster.get(source.kind, region.namespace, source.name) if source else None
+    return content(item, source.kind) if source and item else None
+
+
+async def _nodes(cluster: Cluster, region: Region, pods: Iterable[Object]) -> dict[str, Object]:
+    """The Nodes that may have an ExternalIP for us.  Without the right to read Nodes there are none."""
+    exposure = region.exposure
+    if exposure.type not in ("NodePort", "HostPort") or exposure.address_type == "InternalIP":
+        return {}
+    wanted = sorted({pod["spec"]["nodeName"] for pod in pods if pod["spec"].get("nodeName")})
+    found = await asyncio.gather(*(_node(cluster, name) for name in wanted))
+    return {name: node for name, node in zip(wanted, found, strict=True) if node}
+
+
+async def _node(cluster: Cluster, name: str) -> Object | None:
+    try:
+        return await cluster.get("Node", None, name)
+    except ApiError as error:
+        if error.status == 403:
+            return None
+        raise

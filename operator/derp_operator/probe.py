@@ -1,0 +1,157 @@
+"""Does a relay answer?  Asked at the pod's own address, as a client would: TLS with the pin, STUN, and its own report.
+
+Nothing here raises for a relay that does not answer: what is wrong is a sentence in the result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import ssl
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import aiohttp
+from cryptography import x509
+
+from derper import certs
+from derper.wire import stun
+from derper.wire.errors import ProtocolError
+
+from . import names
+
+TIMEOUT: Final = 2.0
+_MAX_STATUS: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A relay to ask.  `host_name` and `pin` are those of its entry in the map; `pin` is empty for a public CA."""
+
+    pod: str
+    ip: str
+    host_name: str
+    pin: str
+    sni: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a relay said.  `faults` is empty if TLS, STUN and the report are in order; `mesh` are its links by pod."""
+
+    faults: tuple[str, ...] = ()
+    mesh: Mapping[str, bool] = field(default_factory=dict)
+    reasons: tuple[str, ...] = ()
+
+
+Prober = Callable[[Target], Awaitable[Answer]]
+
+
+async def ask(target: Target) -> Answer:
+    """Ask one relay, all three ways at once."""
+    tls, udp, (fault, report) = await asyncio.gather(_tls_fault(target), _stun_fault(target), _report(target))
+    mesh = {peer: bool(link.get("connected")) for peer, link in (report.get("mesh") or {}).items()}
+    faults = tuple(text for text in (tls, udp, fault) if text)
+    return Answer(faults, mesh, tuple(str(reason) for reason in report.get("reasons") or ()))
+
+
+async def _tls_fault(target: Target) -> str | None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE  # the pin below says more than any authority
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            _, writer = await asyncio.open_connection(
+                target.ip, names.DERP_PORT, ssl=context, server_hostname=target.host_name if target.sni else ""
+            )
+    except TimeoutError:
+        return f"TLS on port {names.DERP_PORT} does not answer"
+    except (OSError, ssl.SSLError) as error:
+        return f"TLS on port {names.DERP_PORT} fails ({_short(error)})"
+    try:
+        leaf = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    finally:
+        writer.transport.abort()
+    return certificate_fault(target, leaf or b"")
+
+
+def certificate_fault(target: Target, leaf: bytes) -> str | None:
+    """What is wrong with the certificate (DER) that a relay presented, or None."""
+    shown = f"sha256-raw:{hashlib.sha256(leaf).hexdigest()}"
+    if target.pin:
+        return (
+            None if shown == target.pin else f"TLS shows another certificate for {target.host_name} than the pinned one"
+        )
+    try:
+        certificate = x509.load_der_x509_certificate(leaf)
+    except ValueError:
+        return "TLS shows no certificate that can be read"
+    fits = certs.matches(certificate, target.host_name)
+    return None if fits else f"TLS shows a certificate that is not for {target.host_name}"
+
+
+async def _stun_fault(target: Target) -> str | None:
+    loop = asyncio.get_running_loop()
+    transaction = os.urandom(12)
+    answered: asyncio.Future[None] = loop.create_future()
+    silent = f"STUN on port {names.STUN_PORT} does not answer"
+    try:
+        transport, _ = await loop.create_datagram_endpoint(
+            lambda: _Stun(transaction, answered), remote_addr=(target.ip, names.STUN_PORT)
+        )
+    except OSError as error:
+        return f"STUN on port {names.STUN_PORT} fails ({_short(error)})"
+    try:
+        for _ in range(2):  # UDP may lose one
+            transport.sendto(stun.request(transaction))
+            done, _ = await asyncio.wait([answered], timeout=TIMEOUT / 2)
+            if done:
+                return None if answered.exception() is None else silent
+    finally:
+        transport.close()
+        answered.cancel()
+    return silent
+
+
+class _Stun(asyncio.DatagramProtocol):
+    def __init__(self, transaction: bytes, answered: asyncio.Future[None]) -> None:
+        self._transaction, self._answered = transaction, answered
+
+    def datagram_received(self, data: bytes, address: object) -> None:
+        try:
+            transaction, _ = stun.parse_response(data)
+        except ProtocolError:
+            return
+        if transaction == self._transaction and not self._answered.done():
+            self._answered.set_result(None)
+
+    def error_received(self, error: Exception) -> None:
+        if not self._answered.done():
+            self._answered.set_exception(error)
+
+
+async def _report(target: Target) -> tuple[str | None, dict[str, Any]]:
+    host = f"[{target.ip}]" if ":" in target.ip else target.ip
+    url = f"http://{host}:{names.METRICS_PORT}/status"
+    try:
+        timeout = aiohttp.ClientTimeout(total=TIMEOUT)
+        async with aiohttp.ClientSession(timeout=timeout) as http, http.get(url, allow_redirects=False) as response:
+            body = await response.content.read(_MAX_STATUS)
+            report = json.loads(body) if response.status == 200 else None
+    except TimeoutError:
+        return f"/status on port {names.METRICS_PORT} does not answer", {}
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        return f"/status on port {names.METRICS_PORT} fails ({_short(error)})", {}
+    if not isinstance(report, dict):
+        return f"/status on port {names.METRICS_PORT} gives no report", {}
+    if report.get("node") != target.pod:
+        return f"{target.ip} is node {report.get('node')!r}, not {target.pod}", {}
+    return None, report
+
+
+def _short(error: BaseException) -> str:
+    reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
+    return " ".join(str(reason or type(error).__name__).split())[:120]

@@ -1,0 +1,101 @@
+"""The DERP map is a promise: never empty, never partial, and changed as rarely as possible.
+
+Every difference in a region makes all its clients reconnect, and a node that vanishes from the map because its pod
+restarts would cost more than the restart.  So the map follows the spec and known addresses, not readiness:
+
+* the first map comes when all wanted nodes answer;
+* a node that is in the map stays while the spec wants it, at its last known address;
+* a node enters when it answers; it waits for others that are about to, so that one change carries them all;
+* a node leaves as soon as the spec no longer wants it, before its pod stops.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from derper.derpmap import DERPMap, DERPNode, DERPRegion, MapError, from_json, from_yaml
+
+from . import names
+from .spec import Region
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A wanted node.  `node` is its entry as it would be now, None while its address or keys are unknown.
+
+    `answers`: it serves exactly that entry: TLS with the pin, STUN, the mesh.  `arriving`: it does not answer yet, but
+    its pod is so young that it is worth waiting for.
+    """
+
+    name: str
+    node: DERPNode | None
+    answers: bool
+    arriving: bool = False
+
+
+def publish(region: Region, published: Mapping[str, DERPNode], candidates: Sequence[Candidate]) -> DERPMap | None:
+    """The map to publish: `published` (its nodes by name) brought up to date, or None as long as there is none to give.
+
+    `candidates` are the nodes that the spec wants, by ordinal.
+    """
+    if not any(candidate.name in published for candidate in candidates):
+        complete = all(candidate.answers for candidate in candidates)
+        nodes = [candidate.node for candidate in candidates if candidate.node]
+        return _map(region, nodes) if complete and len(nodes) == len(candidates) else None
+    wait = any(candidate.arriving and candidate.name not in published for candidate in candidates)
+    entries = []
+    for candidate in candidates:
+        old = published.get(candidate.name)
+        if old:
+            entries.append(_renewed(old, candidate))
+        elif candidate.node and candidate.answers and not wait:
+            entries.append(candidate.node)
+    return _map(region, entries)
+
+
+def _renewed(old: DERPNode, candidate: Candidate) -> DERPNode:
+    """A new identity must be served before it is published; a new address holds at once, the old one leads nowhere."""
+    new = candidate.node
+    if new is None:
+        return old
+    if candidate.answers or (old.host_name, old.cert_name) == (new.host_name, new.cert_name):
+        return new
+    if old.host_name in (old.ipv4, old.ipv6):
+        return old  # host name and address are one thing here
+    return dataclasses.replace(old, ipv4=new.ipv4, ipv6=new.ipv6, derp_port=new.derp_port, stun_port=new.stun_port)
+
+
+def read(data: Mapping[str, str] | None) -> DERPMap | None:
+    """The map in a ConfigMap's data, from whichever form is whole; None if there is none."""
+    if not data:
+        return None
+    for key, parse in ((names.MAP_JSON, from_json), (names.MAP_YAML, from_yaml)):
+        try:
+            return parse(data[key])
+        except (KeyError, MapError):
+            continue
+    return None
+
+
+def nodes_of(region: Region, derpmap: DERPMap | None) -> dict[str, DERPNode]:
+    """The nodes of this region in a published map, by name."""
+    own = (names.node_name(region.region_id, ordinal) for ordinal in range(region.replicas))
+    wanted = frozenset(own)
+    regions = derpmap.regions.values() if derpmap else ()
+    return {node.name: node for item in regions for node in item.nodes if node.name in wanted}
+
+
+def _map(region: Region, nodes: Sequence[DERPNode]) -> DERPMap:
+    options = region.map
+    whole = DERPRegion(
+        region_id=region.region_id,
+        region_code=region.code,
+        region_name=region.title,
+        latitude=options.latitude or 0.0,
+        longitude=options.longitude or 0.0,
+        no_measure_no_home=options.no_measure_no_home,
+        nodes=tuple(nodes),
+    )
+    return DERPMap(regions={whole.region_id: whole})

@@ -1,0 +1,146 @@
+"""One pass over one region: read, plan, ask, apply, write the status.
+
+Level-triggered: the pass looks at what is, never at what changed, keeps nothing between passes, and may stop at any
+write; the next one goes on from whatever stands.  Nothing here sleeps: whoever calls comes back after the seconds that
+the pass returns, or when the cluster reports a change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from . import events, names
+from .apply import apply, identity, prune, taken
+from .conditions import READY, Finding
+from .keyring import Maker
+from .kube import ApiError, Cluster, Object
+from .observe import Seen, answers, look
+from .plan import Plan, plan
+from .probe import Prober
+from .publish import publish
+from .render import Inputs, children, config_hash, identities
+from .spec import InvalidSpec, Region, parse
+from .status import Status, blocked, findings, health, rejected, status
+
+RESYNC: Final = 60.0
+"""Seconds until the next look at a region that is fine: relays that stop answering send no event."""
+SOON: Final = 1.0
+LATER: Final = 10.0
+_PATIENCE: Final = 120.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Reconciler:
+    """What a pass needs from outside.  `image` is the relay's, for regions that name none; `now` gives UTC."""
+
+    cluster: Cluster
+    prober: Prober
+    maker: Maker
+    image: str
+    now: Callable[[], datetime] = lambda: datetime.now(UTC)
+
+    async def reconcile(self, namespace: str, name: str) -> float | None:
+        """Bring one region closer to its spec.
+
+        Returns the seconds until the next look, None if there is nothing to look at.  Raises `ApiError` when the API
+        server fails; the caller repeats the pass with growing delays.
+        """
+        resource = await self.cluster.get(names.KIND, namespace, name)
+        if resource is None or resource["metadata"].get("deletionTimestamp"):
+            return None  # the garbage collector takes the children
+        try:
+            region = parse(resource)
+        except InvalidSpec as error:
+            generation = resource["metadata"].get("generation", 0)
+            await self._write(resource, rejected(error.problems, generation, _status(resource), self.now()))
+            return RESYNC
+        new = await self._pass(region, _status(resource))
+        await self._write(resource, new)
+        return self._next_look(new)
+
+    async def _pass(self, region: Region, previous: Mapping[str, Any]) -> Status:
+        seen = await look(self.cluster, region)
+        wanted = identities(region, seen.members(region))
+        foreign = taken(region, wanted, seen.live)
+        if foreign:
+            return blocked(foreign, region.generation, previous, self.now())
+        planned = plan(region, seen, self.now(), self.maker)
+        replies = await answers(self.prober, [node.target for node in planned.nodes if node.target])
+        nodes = health(planned, seen, replies, self.now())
+        derpmap = publish(region, planned.published, [item.candidate for item in nodes]) or planned.derpmap
+        manifests = children(region, Inputs(self.image, planned.members, planned.ring.data, planned.settings, derpmap))
+        if _writable(planned):
+            await self._change(region, seen, manifests)
+        found = findings(region, planned, seen, nodes, derpmap)
+        return status(region, seen, nodes, derpmap, found, previous, self.now())
+
+    async def _change(self, region: Region, seen: Seen, manifests: Sequence[Object]) -> None:
+        await apply(self.cluster, region, manifests, seen.live)
+        await prune(self.cluster, region, map(identity, manifests), seen.live)
+        await self._touch(region, seen, config_hash(manifests, region))
+
+    async def _touch(self, region: Region, seen: Seen, digest: str) -> None:
+        """Write the hash of keys and settings to the pods: the kubelet then refreshes their volumes at once."""
+        stale = [
+            pod
+            for pod, item in sorted(seen.pods.items())
+            if item["metadata"].get("annotations", {}).get(names.CONFIG_HASH) != digest
+            and not item["metadata"].get("deletionTimestamp")
+        ]
+        patch = {"metadata": {"annotations": {names.CONFIG_HASH: digest}}}
+        await asyncio.gather(*(self._touch_one(region, pod, patch) for pod in stale))
+
+    async def _touch_one(self, region: Region, pod: str, patch: Object) -> None:
+        try:
+            await self.cluster.merge("Pod", region.namespace, pod, patch)
+        except ApiError as error:
+            if error.status != 404:  # it has just gone
+                raise
+
+    async def _write(self, resource: Object, new: Status) -> None:
+        """Write the status if it differs, then tell the transitions.  The status is the record of what was told."""
+        old = _status(resource)
+        if new == old:
+            return
+        meta = resource["metadata"]
+        manifest = {
+            "apiVersion": resource["apiVersion"],
+            "kind": resource["kind"],
+            "metadata": {"name": meta["name"], "namespace": meta["namespace"], "uid": meta["uid"]},
+            "status": new,
+        }
+        await self.cluster.apply(manifest, "status")
+        for kind, reason, message in events.transitions(old, new):
+            log.info("%s/%s: %s: %s", meta["namespace"], meta["name"], reason, message)
+            try:
+                await self.cluster.create(events.event(resource, kind, reason, message, self.now()))
+            except ApiError as error:
+                log.warning("%s/%s: Event %s not recorded: %s", meta["namespace"], meta["name"], reason, error)
+
+    def _next_look(self, new: Status) -> float:
+        """Relays answer and mesh without any event, so look often while that is to be expected, and seldom after."""
+        conditions = {item["type"]: item for item in new["conditions"]}
+        ready = conditions[READY]
+        if ready["status"] == "True":
+            return RESYNC
+        since = (self.now() - datetime.fromisoformat(ready["lastTransitionTime"])).total_seconds()
+        return SOON if conditions["Progressing"]["status"] == "True" and since < _PATIENCE else LATER
+
+
+def _writable(planned: Plan) -> bool:
+    """Without a whole Secret there is nothing to apply that would not make things worse."""
+    return not any(problem.lost and problem.pod is None for problem in planned.ring.problems)
+
+
+def _status(resource: Mapping[str, Any]) -> Status:
+    return dict(resource.get("status") or {})
+
+
+__all__ = ["Finding", "Reconciler"]

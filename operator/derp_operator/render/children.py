@@ -1,0 +1,79 @@
+"""All children of a region, in the order in which they are applied."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from derper.derpmap import DERPMap
+
+from .. import names
+from ..spec import Region
+from .config import SettingsNode, derp_map, keys_secret, settings_map
+from .policy import disruption_budget, network_policy, service_account
+from .services import mesh_service, pod_service
+from .statefulset import stateful_set
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What the children depend on besides the spec.
+
+    `members` are the pods of the mesh: the wanted ones, and those that still run.  `derpmap` is None until the first
+    map may be published.
+    """
+
+    image: str
+    members: Sequence[str]
+    keys: Mapping[str, bytes]
+    settings: Mapping[str, SettingsNode]
+    derpmap: DERPMap | None
+
+
+def identities(region: Region, members: Sequence[str]) -> list[tuple[str, str]]:
+    """Kind and name of every child that the region has sooner or later."""
+    pods = () if region.exposure.type == "HostPort" else members
+    return [
+        ("ServiceAccount", region.name),
+        ("NetworkPolicy", region.name),
+        ("PodDisruptionBudget", region.name),
+        ("Secret", names.keys_secret(region.name)),
+        ("ConfigMap", names.settings_map(region.name)),
+        ("Service", names.mesh_service(region.name)),
+        *(("Service", pod) for pod in pods),
+        ("ConfigMap", names.derp_map(region.name)),
+        ("StatefulSet", region.name),
+    ]
+
+
+def children(region: Region, inputs: Inputs) -> list[dict[str, Any]]:
+    """The order carries both directions of scaling: keys, settings and Services stand before a new pod starts, and a
+    node leaves the DERP map before the StatefulSet stops its pod.
+    """
+    return [
+        service_account(region),
+        network_policy(region),
+        disruption_budget(region),
+        keys_secret(region, inputs.keys),
+        settings_map(region, inputs.settings),
+        mesh_service(region),
+        *_pod_services(region, inputs.members),
+        *([derp_map(region, inputs.derpmap)] if inputs.derpmap else []),
+        stateful_set(region, inputs.image),
+    ]
+
+
+def _pod_services(region: Region, members: Sequence[str]) -> list[dict[str, Any]]:
+    if region.exposure.type == "HostPort":
+        return []
+    return [pod_service(region, pod, int(pod.rpartition("-")[2])) for pod in members]
+
+
+def config_hash(manifests: Sequence[Mapping[str, Any]], region: Region) -> str:
+    """Changes with the files that pods re-read; written to the pods, it makes the kubelet refresh them at once."""
+    wanted = {("Secret", names.keys_secret(region.name)), ("ConfigMap", names.settings_map(region.name))}
+    data = [item["data"] for item in manifests if (item["kind"], item["metadata"]["name"]) in wanted]
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]

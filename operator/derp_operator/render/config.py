@@ -1,0 +1,76 @@
+"""What pods and clients read: the Secret of keys, the relays' settings, the DERP map."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from derper.derpmap import DERPMap
+
+from .. import names
+from ..spec import Region
+from .meta import child
+
+Settings = dict[str, Any]
+SettingsNode = dict[str, Any]
+
+
+def keys_secret(region: Region, data: Mapping[str, bytes]) -> dict[str, Any]:
+    """The Secret with all entries as they are: what is damaged in it stays for a human to see."""
+    return child(region, "v1", "Secret", names.keys_secret(region.name)) | {
+        "type": "Opaque",
+        "data": {key: base64.b64encode(value).decode() for key, value in sorted(data.items())},
+    }
+
+
+def settings_map(region: Region, nodes: Mapping[str, SettingsNode]) -> dict[str, Any]:
+    """The ConfigMap that every relay of the region reads while it runs; `nodes` by pod, see `settings_node`."""
+    text = json.dumps(_settings(region, nodes), indent=2) + "\n"
+    return child(region, "v1", "ConfigMap", names.settings_map(region.name)) | {"data": {names.SETTINGS_FILE: text}}
+
+
+def settings_node(
+    region: Region, pod: str, *, server_key: str, host_name: str, pin: str, certificates: list[str]
+) -> SettingsNode:
+    """How peers find and verify a node, and which certificates (path stems, the default one first) it serves."""
+    return {
+        "serverKey": server_key,
+        "hostName": host_name,
+        "certName": pin,
+        "dial": f"{pod}.{names.mesh_service(region.name)}.{region.namespace}.svc:{names.DERP_PORT}",
+        "certificates": certificates,
+    }
+
+
+def derp_map(region: Region, derpmap: DERPMap) -> dict[str, Any]:
+    """The ConfigMap for clients: tailcfg's JSON, and Headscale's YAML."""
+    return child(region, "v1", "ConfigMap", names.derp_map(region.name)) | {
+        "data": {names.MAP_JSON: derpmap.to_json(), names.MAP_YAML: derpmap.to_yaml()}
+    }
+
+
+def _settings(region: Region, nodes: Mapping[str, SettingsNode]) -> Settings:
+    clients, limits = region.clients, region.limits
+    source = clients.keys_from
+    return {
+        "region": region.name,
+        "nodes": {pod: nodes[pod] for pod in sorted(nodes, key=_by_ordinal)},
+        "admission": {
+            "open": clients.open,
+            "urls": list(clients.verify_urls),
+            "keyFile": f"{names.CLIENTS_DIR}/{source.key}" if source else None,
+            "failOpen": clients.fail_open,
+        },
+        "limits": {
+            "acceptPerSecond": limits.accept_per_second,
+            "acceptBurst": limits.accept_burst,
+            "clientBytesPerSecond": limits.client_bytes_per_second,
+            "clientBurstBytes": limits.client_burst_bytes,
+        },
+    }
+
+
+def _by_ordinal(pod: str) -> int:
+    return int(pod.rpartition("-")[2])

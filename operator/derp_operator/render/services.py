@@ -1,0 +1,70 @@
+"""Services: one headless for the mesh, and one for each pod, because clients must reach each relay by itself.
+
+A shared address in front of several relays splits the region, and a balancer that accepts TCP for a dead relay blacks
+it out: clients try the next node only when the TCP dial fails.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import names
+from ..spec import Exposure, Region
+from .meta import child, without_empty
+
+_POD_NAME_LABEL = "statefulset.kubernetes.io/pod-name"
+
+
+def mesh_service(region: Region) -> dict[str, Any]:
+    """Gives each pod a DNS name, also before it is ready: relays become ready through their mesh."""
+    return child(region, "v1", "Service", names.mesh_service(region.name)) | {
+        "spec": {
+            "type": "ClusterIP",
+            "clusterIP": "None",
+            "ipFamilyPolicy": "PreferDualStack",
+            "publishNotReadyAddresses": True,
+            "selector": names.selector(region.name),
+            "ports": [
+                {"name": "derp", "protocol": "TCP", "port": names.DERP_PORT, "targetPort": "derp"},
+                {"name": "metrics", "protocol": "TCP", "port": names.METRICS_PORT, "targetPort": "metrics"},
+            ],
+        }
+    }
+
+
+def pod_service(region: Region, pod: str, ordinal: int) -> dict[str, Any]:
+    """The way of clients to one pod.  Not for HostPort, where the node's own ports lead to it."""
+    exposure = region.exposure
+    manifest = child(region, "v1", "Service", pod, pod)
+    if exposure.annotations:
+        manifest["metadata"]["annotations"] = dict(exposure.annotations)
+    manifest["spec"] = {
+        "type": exposure.type,
+        "ipFamilyPolicy": "PreferDualStack",
+        "publishNotReadyAddresses": True,
+        "selector": {_POD_NAME_LABEL: pod},
+        "ports": _ports(exposure, ordinal),
+    } | _external(exposure)
+    return manifest
+
+
+def _external(exposure: Exposure) -> dict[str, Any]:
+    if exposure.type not in ("LoadBalancer", "NodePort"):
+        return {}
+    return without_empty(
+        {
+            "externalTrafficPolicy": "Local",  # the relay's STUN must see the client's own address
+            "loadBalancerClass": exposure.load_balancer_class,
+            "loadBalancerSourceRanges": list(exposure.source_ranges),
+        }
+    )
+
+
+def _ports(exposure: Exposure, ordinal: int) -> list[dict[str, Any]]:
+    derp: dict[str, Any] = {"name": "derp", "protocol": "TCP", "port": exposure.derp_port, "targetPort": "derp"}
+    stun: dict[str, Any] = {"name": "stun", "protocol": "UDP", "port": exposure.stun_port, "targetPort": "stun"}
+    if exposure.derp_port_base is not None:
+        derp["nodePort"] = exposure.derp_port_base + ordinal
+    if exposure.stun_port_base is not None:
+        stun["nodePort"] = exposure.stun_port_base + ordinal
+    return [derp, stun]

@@ -1,0 +1,221 @@
+"""The region's status: what the relays and the cluster say, in the words of `conditions`.  Pure."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from derper.derpmap import DERPMap
+
+from . import conditions, names
+from .conditions import Finding, timestamp
+from .observe import Seen, is_ready
+from .plan import Node, Plan
+from .probe import Answer
+from .publish import Candidate, nodes_of
+from .spec import Region
+
+YOUNG: Final = timedelta(seconds=60)
+"""How long a new pod may take before others stop waiting for it."""
+
+Status = dict[str, Any]
+_BAD_WAITS: Final = frozenset(
+    {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "CrashLoopBackOff", "CreateContainerConfigError",
+     "CreateContainerError", "RunContainerError", "ErrImageNeverPull"}
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """One wanted node as it is: its links to the other nodes, and why it is not fine (None: it is)."""
+
+    node: Node
+    links: int
+    peers: int
+    ready: bool
+    young: bool
+    finding: Finding | None
+
+    @property
+    def candidate(self) -> Candidate:
+        fine = self.finding is None and self.node.entry is not None
+        return Candidate(self.node.name, self.node.entry, answers=fine, arriving=not fine and self.young)
+
+
+def health(plan: Plan, seen: Seen, answers: Mapping[str, Answer], now: datetime) -> list[Health]:
+    """Judge every wanted node.  One that does not answer at all is its own fault, not a missing link of the others."""
+    alive = [node.pod for node in plan.nodes if node.pod in answers and not answers[node.pod].faults]
+    return [_health(node, plan, seen, answers, alive, now) for node in plan.nodes]
+
+
+def _health(
+    node: Node, plan: Plan, seen: Seen, answers: Mapping[str, Answer], alive: Sequence[str], now: datetime
+) -> Health:
+    pod = seen.pods.get(node.pod)
+    answer = answers.get(node.pod)
+    others = [peer.pod for peer in plan.nodes if peer.pod != node.pod]
+    linked = [peer for peer in others if answer and answer.mesh.get(peer) and _links(answers, peer, node.pod)]
+    young = pod is not None and now - _created(pod) < YOUNG
+    worked = node.name in plan.published and not young
+    missing = [peer for peer in alive if peer != node.pod and peer not in linked]
+    return Health(
+        node=node,
+        links=len(linked),
+        peers=len(others),
+        ready=pod is not None and is_ready(pod),
+        young=young,
+        finding=_finding(node, pod, answer, missing, degraded=worked),
+    )
+
+
+def _finding(
+    node: Node, pod: Mapping[str, Any] | None, answer: Answer | None, missing: Sequence[str], *, degraded: bool
+) -> Finding | None:
+    if pod is None:
+        return Finding(conditions.PODS_PENDING, f"Pod {node.pod} is not there.", degraded=degraded)
+    waiting = _waiting(pod)
+    if waiting:
+        return Finding(conditions.PODS_PENDING, f"Pod {node.pod} does not run: {waiting}", degraded=degraded)
+    if not is_ready(pod):
+        why = "; ".join(answer.reasons) if answer and answer.reasons else "starting or stopping"
+        return Finding(conditions.NODES_NOT_READY, f"Node {node.pod} is not ready: {why}.", degraded=degraded)
+    if answer is None:
+        return Finding(conditions.NODES_NOT_READY, f"Node {node.pod} was not asked yet.", degraded=degraded)
+    if answer.faults:
+        return Finding(conditions.NODE_UNREACHABLE, f"Node {node.pod}: {'; '.join(answer.faults)}.", degraded=degraded)
+    if missing:
+        text = f"Node {node.pod} has no mesh link with {', '.join(missing)}."
+        return Finding(conditions.MESH_INCOMPLETE, text, degraded=degraded)
+    return None
+
+
+def _waiting(pod: Mapping[str, Any]) -> str | None:
+    """Why a pod does not run, if the cluster says so."""
+    status = pod.get("status", {})
+    for condition in status.get("conditions", ()):
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            return f"{condition.get('reason', 'Unschedulable')}: {condition.get('message', 'no node takes it')}"
+    for container in status.get("containerStatuses", ()):
+        waiting = container.get("state", {}).get("waiting") or {}
+        if waiting.get("reason") in _BAD_WAITS:
+            return f"{waiting['reason']}: {waiting.get('message', 'see kubectl describe pod')}"
+    return None
+
+
+def _links(answers: Mapping[str, Answer], peer: str, pod: str) -> bool:
+    """Packets go both ways only if both dial each other."""
+    return peer in answers and bool(answers[peer].mesh.get(pod))
+
+
+def _created(pod: Mapping[str, Any]) -> datetime:
+    return datetime.fromisoformat(pod["metadata"]["creationTimestamp"])
+
+
+def findings(region: Region, plan: Plan, seen: Seen, nodes: Iterable[Health], derpmap: DERPMap | None) -> list[Finding]:
+    """All that keeps the region from being as wanted, the most important first."""
+    judged = list(nodes)
+    found = list(plan.findings) + [item.finding for item in judged if item.finding]
+    found.sort(key=lambda finding: (not finding.blocked, not finding.degraded))
+    inside = nodes_of(region, derpmap)
+    outside = [item.node.pod for item in judged if item.node.name not in inside]
+    if outside and not found:
+        waits = f"Node {', '.join(outside)} will enter the DERP map" if inside else "The DERP map will be published"
+        found.append(Finding(conditions.MAP_PENDING, f"{waits} at the next look."))
+    leftover = [pod for pod in plan.members if pod not in region.pods]
+    if leftover:
+        found.append(Finding(conditions.SCALING_DOWN, f"Pods that left the region stop: {', '.join(leftover)}."))
+    return found + _rollout(region, seen)
+
+
+def _rollout(region: Region, seen: Seen) -> list[Finding]:
+    item = seen.live.get(("StatefulSet", region.name))
+    if item is None:
+        return [Finding(conditions.PODS_PENDING, f"StatefulSet {region.name} is being created.")]
+    status = item.get("status", {})
+    behind = status.get("observedGeneration", 0) < item["metadata"].get("generation", 0)
+    rolling = status.get("updateRevision") != status.get("currentRevision")
+    if not behind and not rolling:
+        return []
+    done = status.get("updatedReplicas", 0)
+    return [Finding(conditions.ROLLING_OUT, f"Pods are being replaced: {done} of {region.replicas} are new.")]
+
+
+def status(
+    region: Region,
+    seen: Seen,
+    nodes: Sequence[Health],
+    derpmap: DERPMap | None,
+    found: Iterable[Finding],
+    previous: Mapping[str, Any],
+    now: datetime,
+) -> Status:
+    """The whole status; equal to `previous` if nothing changed."""
+    inside = nodes_of(region, derpmap)
+    result: Status = {
+        "observedGeneration": region.generation,
+        "replicas": len(seen.pods),
+        "readyReplicas": sum(item.ready for item in nodes),
+        "selector": names.label_selector(names.selector(region.name)),
+        "inMap": f"{len(inside)}/{region.replicas}",
+        "nodes": [_node_status(item, inside) for item in nodes],
+        "conditions": conditions.conditions(found, region.generation, previous.get("conditions", ()), now),
+    }
+    expiries = [item.node.not_after for item in nodes if item.node.not_after]
+    if expiries:
+        result["certNotAfter"] = timestamp(min(expiries))
+    if derpmap:
+        result["map"] = _map_status(region, derpmap, previous.get("map") or {}, now)
+    return result
+
+
+def rejected(problems: Iterable[str], generation: int, previous: Mapping[str, Any], now: datetime) -> Status:
+    """The status of a region whose spec cannot be carried out: all else stays as it was."""
+    found = [Finding(conditions.INVALID_SPEC, problem, blocked=True) for problem in problems]
+    return blocked(found, generation, previous, now)
+
+
+def blocked(found: Iterable[Finding], generation: int, previous: Mapping[str, Any], now: datetime) -> Status:
+    """The status of a region of which nothing could be carried out."""
+    return dict(previous) | {
+        "observedGeneration": generation,
+        "conditions": conditions.conditions(found, generation, previous.get("conditions", ()), now),
+    }
+
+
+def _node_status(item: Health, inside: Mapping[str, Any]) -> dict[str, Any]:
+    node = item.node
+    result: dict[str, Any] = {
+        "name": node.name,
+        "pod": node.pod,
+        "ready": item.ready and item.finding is None,
+        "mesh": f"{item.links}/{item.peers}",
+        "inMap": node.name in inside,
+    }
+    shown = inside.get(node.name) or node.entry
+    if shown:
+        result |= {
+            "hostName": shown.host_name,
+            "certName": shown.cert_name,
+            "ipv4": shown.ipv4,
+            "ipv6": shown.ipv6,
+            "derpPort": shown.derp_port,
+            "stunPort": shown.stun_port,
+        }
+    if node.not_after:
+        result["certNotAfter"] = timestamp(node.not_after)
+    if item.finding:
+        result["message"] = item.finding.message
+    return result
+
+
+def _map_status(region: Region, derpmap: DERPMap, previous: Mapping[str, Any], now: datetime) -> dict[str, Any]:
+    digest = hashlib.sha256(derpmap.to_json().encode()).hexdigest()
+    known = previous.get("hash") == digest and previous.get("publishedAt")
+    return {
+        "configMap": names.derp_map(region.name),
+        "hash": digest,
+        "publishedAt": known or timestamp(now),
+    }
