@@ -236,8 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except ExceptionGroup as group:
         known, unknown = group.split(_EXPECTED)
-        for error in known.exceptions if known else ():
-            log.error("stopping: %s", error)
+        for reason in known.exceptions if known else ():
+            log.error("stopping: %s", reason)
         if unknown:
             log.error("stopping, because of a defect", exc_info=unknown)
         return 1
