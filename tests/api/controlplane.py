@@ -5,6 +5,7 @@ Both listen on a loopback address of their own, so fixed ports meet nobody.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,8 +15,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-
-import yaml
 
 from dev.cluster import binaries, state
 from dev.cluster.pki import Authority, key_pem, kubeconfig, private_key, public_pem, write_private
@@ -34,10 +33,14 @@ class ControlPlane:
     kubectl_binary: Path
 
     def kubectl(self, *args: str, manifest: object = None) -> subprocess.CompletedProcess[str]:
-        """Run kubectl; `manifest` (an object, or several in a list) goes to its standard input as YAML."""
-        documents = manifest if isinstance(manifest, list) else [manifest]
-        argv = [self.kubectl_binary, f"--kubeconfig={self.kubeconfig}", "--request-timeout=60s", *args]
-        stdin = "" if manifest is None else yaml.safe_dump_all(documents)
+        """Run kubectl; `manifest`, an object, goes to its standard input."""
+        argv: list[str | Path] = [
+            self.kubectl_binary,
+            f"--kubeconfig={self.kubeconfig}",
+            "--request-timeout=60s",
+            *args,
+        ]
+        stdin = "" if manifest is None else json.dumps(manifest)
         return subprocess.run(argv, input=stdin, capture_output=True, text=True, timeout=HANG)
 
 
@@ -51,9 +54,9 @@ def control_plane(directory: Path, environ: Mapping[str, str]) -> Iterator[Contr
     url = f"https://{address}:6443"
     _write_pki(directory, address, url)
     with ExitStack() as stack:
-        etcd = [binaries.ETCD.path(paths), *_etcd(directory, address)]
+        etcd: list[str | Path] = [binaries.ETCD.path(paths), *_etcd(directory, address)]
         stack.enter_context(_process("etcd", etcd, directory, signal.SIGTERM))
-        apiserver = [kubernetes / "kube-apiserver", *_apiserver(directory, address)]
+        apiserver: list[str | Path] = [kubernetes / "kube-apiserver", *_apiserver(directory, address)]
         process = stack.enter_context(_process("kube-apiserver", apiserver, directory, signal.SIGKILL))
         running = ControlPlane(url, directory / "kubeconfig", kubernetes / "kubectl")
 
