@@ -1,0 +1,374 @@
+/* One DERP client: TCP, TLS 1.3, the login of tailscale's derphttp client (fast start), frames.
+ *
+ * OpenSSL never touches a socket. A read event takes all waiting bytes with one recv() into a shared buffer, and SSL_read
+ * decrypts from there; SSL_write appends records to another shared buffer, and client_flush() hands them over in one
+ * send(). So a burst costs one system call in each direction, and an idle client owns no buffer.
+ */
+#include "loadgen.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <netinet/tcp.h>
+#include <openssl/bio.h>
+#include <openssl/err.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+enum frame_type {                            /* derp/derp.go */
+    SERVER_KEY = 0x01, SERVER_INFO = 0x03, RECV_PACKET = 0x05, KEEP_ALIVE = 0x06, NOTE_PREFERRED = 0x07,
+    PING = 0x12, PONG = 0x13,
+};
+static const char MAGIC[] = "DERP\xf0\x9f\x94\x91";
+static const char REQUEST[] =                /* one record with the login frame, as a stock client's first flush */
+    "GET /derp HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: Go-http-client/1.1\r\n"
+    "Connection: Upgrade\r\nDerp-Fast-Start: 1\r\nUpgrade: DERP\r\n\r\n";
+
+enum { IN_SIZE = 256 << 10, PLAIN_SIZE = 1 << 20, OUT_SIZE = 1 << 20, MAX_FRAME = 128 << 10 };
+
+struct clients clients;
+
+static struct {
+    int epoll;
+    SSL_CTX *tls;
+    BIO_METHOD *bio;
+    packet_handler *on_packet;
+    size_t in_at, in_len, out_len;
+    uint8_t in[IN_SIZE], plain[PLAIN_SIZE], out[OUT_SIZE];
+} net;
+
+static int bio_read(BIO *bio, char *to, int len) {
+    size_t n = net.in_len - net.in_at;
+    BIO_clear_retry_flags(bio);
+    if (n == 0) {
+        BIO_set_retry_read(bio);
+        return -1;
+    }
+    if (n > (size_t)len)
+        n = (size_t)len;
+    memcpy(to, net.in + net.in_at, n);
+    net.in_at += n;
+    return (int)n;
+}
+
+static int bio_write(BIO *bio, const char *from, int len) {
+    BIO_clear_retry_flags(bio);
+    if (net.out_len + (size_t)len > OUT_SIZE)
+        die("a burst does not fit into %d bytes: send smaller bursts", OUT_SIZE);
+    memcpy(net.out + net.out_len, from, (size_t)len);
+    net.out_len += (size_t)len;
+    return len;
+}
+
+static long bio_ctrl(BIO *bio, int command, long number, void *pointer) {
+    (void)bio, (void)number, (void)pointer;
+    return command == BIO_CTRL_FLUSH;
+}
+
+void clients_init(packet_handler *on_packet) {
+    net.on_packet = on_packet;
+    net.epoll = epoll_create1(EPOLL_CLOEXEC);
+    net.bio = BIO_meth_new(BIO_TYPE_SOURCE_SINK | BIO_get_new_index(), "shared buffers");
+    net.tls = SSL_CTX_new(TLS_client_method());
+    if (net.epoll < 0 || !net.bio || !net.tls)
+        die("cannot set up epoll and OpenSSL");
+    BIO_meth_set_read(net.bio, bio_read);
+    BIO_meth_set_write(net.bio, bio_write);
+    BIO_meth_set_ctrl(net.bio, bio_ctrl);
+    SSL_CTX_set_min_proto_version(net.tls, TLS1_3_VERSION);
+    SSL_CTX_set_verify(net.tls, SSL_VERIFY_NONE, NULL);      /* the relay is the caller's own child */
+    SSL_CTX_set_mode(net.tls, SSL_MODE_RELEASE_BUFFERS);
+    SSL_CTX_set_session_cache_mode(net.tls, SSL_SESS_CACHE_OFF);
+    /* The order in which Go's clients, hence Tailscale's, offer them. */
+    SSL_CTX_set_ciphersuites(net.tls, "TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256");
+    SSL_CTX_set1_groups_list(net.tls, "X25519:P-256:P-384");
+}
+
+static void watch(struct client *c, int operation, uint32_t events) {
+    struct epoll_event event = {.events = events, .data.u32 = c->index};
+    if (epoll_ctl(net.epoll, operation, c->fd, &event) < 0)
+        die("epoll_ctl: %s", strerror(errno));
+}
+
+static void client_close(struct client *c) {
+    if (c->state == CLOSED)
+        return;
+    if (c->state == READY)
+        clients.ready--;
+    clients.closed++;
+    c->state = CLOSED;
+    close(c->fd);
+    SSL_free(c->ssl);
+    free(c->tail);
+    free(c->unsent);
+    free(c->login);
+    c->tail = c->unsent = c->login = NULL;
+    c->unsent_len = c->tail_len = 0;
+}
+
+bool client_blocked(const struct client *c) {
+    return c->state != READY || c->unsent_len > 0;
+}
+
+void client_write(struct client *c, const uint8_t *data, size_t len) {
+    if (SSL_write(c->ssl, data, (int)len) != (int)len)
+        client_close(c);
+}
+
+static void keep_unsent(struct client *c, const uint8_t *data, size_t len) {
+    c->unsent = realloc(c->unsent, c->unsent_len + len);
+    if (!c->unsent)
+        die("out of memory");
+    memcpy(c->unsent + c->unsent_len, data, len);
+    c->unsent_len += len;
+}
+
+void client_flush(struct client *c) {
+    size_t len = net.out_len, sent = 0;
+    net.out_len = 0;
+    if (len == 0 || c->state == CLOSED)
+        return;
+    if (c->unsent_len > 0) {                 /* behind what waits already, else the records change places */
+        keep_unsent(c, net.out, len);
+        return;
+    }
+    ssize_t n = send(c->fd, net.out, len, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (n < 0 && errno != EAGAIN) {
+        client_close(c);
+        return;
+    }
+    if (n > 0)
+        sent = (size_t)n;
+    if (sent < len) {
+        keep_unsent(c, net.out + sent, len - sent);
+        watch(c, EPOLL_CTL_MOD, EPOLLIN | EPOLLOUT);
+    }
+}
+
+static void send_unsent(struct client *c) {
+    ssize_t n = send(c->fd, c->unsent, c->unsent_len, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (n < 0 && errno != EAGAIN) {
+        client_close(c);
+        return;
+    }
+    if (n <= 0)
+        return;
+    c->unsent_len -= (size_t)n;
+    memmove(c->unsent, c->unsent + n, c->unsent_len);
+    if (c->unsent_len == 0) {
+        free(c->unsent);
+        c->unsent = NULL;
+        watch(c, EPOLL_CTL_MOD, EPOLLIN);
+    }
+}
+
+static void send_login(struct client *c) {
+    uint8_t first[sizeof REQUEST + 1024];
+    static const uint8_t preferred[] = {NOTE_PREFERRED, 0, 0, 0, 1, 1};
+    size_t head = sizeof REQUEST - 1;
+    if (c->login_len > sizeof first - head)
+        die("client %u: a login frame of %zu bytes is too long", c->index, c->login_len);
+    memcpy(first, REQUEST, head);
+    memcpy(first + head, c->login, c->login_len);
+    client_write(c, first, head + c->login_len);
+    client_write(c, preferred, sizeof preferred);
+    client_flush(c);
+    free(c->login);
+    c->login = NULL;
+}
+
+static void on_frame(struct client *c, uint8_t type, const uint8_t *body, size_t len, uint64_t now) {
+    if (type == RECV_PACKET && c->state == READY && len >= KEY_LEN) {
+        net.on_packet(c, body, body + KEY_LEN, len - KEY_LEN, now);
+    } else if (type == SERVER_KEY && c->state == DERP_LOGIN && len >= 8 + KEY_LEN) {
+        if (memcmp(body, MAGIC, 8) != 0 || memcmp(body + 8, c->server_key, KEY_LEN) != 0)
+            die("client %u: the relay introduced itself with another key", c->index);
+    } else if (type == SERVER_INFO && c->state == DERP_LOGIN) {
+        c->state = READY;
+        clients.ready++;
+    } else if (type == PING && len == 8) {
+        uint8_t pong[FRAME_HEADER + 8] = {PONG, 0, 0, 0, 8};
+        memcpy(pong + FRAME_HEADER, body, 8);
+        client_write(c, pong, sizeof pong);
+        client_flush(c);
+    } else if (type != KEEP_ALIVE) {
+        clients.unexpected++;
+    }
+}
+
+static void on_plain(struct client *c, const uint8_t *data, size_t len, uint64_t now) {
+    size_t at = 0;
+    while (c->state != CLOSED && len - at >= FRAME_HEADER) {
+        uint32_t body;
+        memcpy(&body, data + at + 1, 4);
+        body = ntohl(body);
+        if (body > MAX_FRAME)
+            die("client %u: the relay sent a frame of %u bytes, type 0x%02x", c->index, body, data[at]);
+        if (len - at - FRAME_HEADER < body)
+            break;
+        on_frame(c, data[at], data + at + FRAME_HEADER, body, now);
+        at += FRAME_HEADER + body;
+    }
+    if (c->state == CLOSED || at == len)
+        return;
+    c->tail_len = len - at;
+    c->tail = malloc(c->tail_len);
+    if (!c->tail)
+        die("out of memory");
+    memcpy(c->tail, data + at, c->tail_len);
+}
+
+/* Decrypts all that was received, behind the tail of the last time; frames are handled only afterwards, because their
+ * handlers write, and net.out belongs to one client at a time. */
+static size_t decrypt(struct client *c) {
+    size_t len = c->tail_len;
+    if (len > 0) {
+        memcpy(net.plain, c->tail, len);
+        free(c->tail);
+        c->tail = NULL;
+        c->tail_len = 0;
+    }
+    for (;;) {
+        int n = SSL_read(c->ssl, net.plain + len, (int)(PLAIN_SIZE - len));
+        if (n <= 0) {
+            if (SSL_get_error(c->ssl, n) != SSL_ERROR_WANT_READ)
+                client_close(c);
+            return len;
+        }
+        len += (size_t)n;
+    }
+}
+
+static bool handshake(struct client *c) {
+    int done = SSL_do_handshake(c->ssl);
+    bool failed = done != 1 && SSL_get_error(c->ssl, done) != SSL_ERROR_WANT_READ;
+    client_flush(c);
+    if (failed)
+        client_close(c);
+    if (done != 1 || c->state == CLOSED)
+        return false;
+    c->state = DERP_LOGIN;
+    send_login(c);
+    return c->state != CLOSED;
+}
+
+static void on_readable(struct client *c) {
+    ssize_t n = recv(c->fd, net.in, IN_SIZE, MSG_DONTWAIT);
+    uint64_t now = now_ns();
+    if (n < 0 && errno == EAGAIN)
+        return;
+    if (n <= 0) {
+        client_close(c);
+        return;
+    }
+    ERR_clear_error();
+    net.in_at = 0;
+    net.in_len = (size_t)n;
+    if (c->state == TLS_HANDSHAKE && !handshake(c))
+        return;
+    size_t len = decrypt(c);
+    client_flush(c);
+    if (c->state != CLOSED)
+        on_plain(c, net.plain, len, now);
+}
+
+static void on_connected(struct client *c) {
+    int error = 0;
+    socklen_t size = sizeof error;
+    getsockopt(c->fd, SOL_SOCKET, SO_ERROR, &error, &size);
+    if (error) {
+        client_close(c);
+        return;
+    }
+    c->state = TLS_HANDSHAKE;
+    watch(c, EPOLL_CTL_MOD, EPOLLIN);
+    net.in_at = net.in_len = 0;
+    handshake(c);
+}
+
+bool clients_poll(int timeout_ms) {
+    struct epoll_event events[64];
+    int n = epoll_wait(net.epoll, events, 64, timeout_ms);
+    for (int i = 0; i < n; i++) {
+        struct client *c = &clients.at[events[i].data.u32];
+        if (c->state == TCP_CONNECTING) {
+            on_connected(c);
+            continue;
+        }
+        if (c->state != CLOSED && (events[i].events & EPOLLOUT) && c->unsent_len > 0)
+            send_unsent(c);
+        if (c->state != CLOSED && (events[i].events & ~(uint32_t)EPOLLOUT))
+            on_readable(c);
+    }
+    return n > 0;
+}
+
+static void start(struct client *c, int port) {
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port)};
+    struct linger reset = {.l_onoff = 1};    /* no TIME_WAIT: thousands of clients would use up the ports */
+    int on = 1;
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    c->fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    if (c->fd < 0)
+        die("socket: %s (raise the limit of open files: ulimit -n)", strerror(errno));
+    setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    setsockopt(c->fd, SOL_SOCKET, SO_LINGER, &reset, sizeof reset);
+    c->ssl = SSL_new(net.tls);
+    BIO *bio = BIO_new(net.bio);
+    if (!c->ssl || !bio)
+        die("out of memory");
+    BIO_set_init(bio, 1);
+    SSL_set_bio(c->ssl, bio, bio);
+    SSL_set_connect_state(c->ssl);
+    c->state = TCP_CONNECTING;
+    if (connect(c->fd, (struct sockaddr *)&address, sizeof address) < 0 && errno != EINPROGRESS)
+        die("connect to 127.0.0.1:%d: %s", port, strerror(errno));
+    watch(c, EPOLL_CTL_ADD, EPOLLOUT);
+}
+
+static size_t unhex(const char *text, uint8_t *to, size_t room) {
+    size_t n = strlen(text) / 2;
+    for (size_t i = 0; i < n && i < room; i++)
+        if (sscanf(text + 2 * i, "%2hhx", &to[i]) != 1)
+            die("a login line is not hexadecimal");
+    return n;
+}
+
+static void read_logins(const char *file, uint32_t from, uint32_t count) {
+    FILE *in = fopen(file, "r");
+    char server[2 * KEY_LEN + 1], key[2 * KEY_LEN + 1], frame[2049];
+    if (!in)
+        die("%s: %s", file, strerror(errno));
+    for (uint32_t i = from; i < from + count; i++) {
+        struct client *c = &clients.at[i];
+        if (fscanf(in, "%64s %64s %2048s", server, key, frame) != 3)
+            die("%s has %u logins, %u are needed", file, i - from, count);
+        *c = (struct client){.index = i, .fd = -1, .login_len = strlen(frame) / 2};
+        c->login = malloc(c->login_len);
+        if (!c->login || unhex(server, c->server_key, KEY_LEN) != KEY_LEN || unhex(key, c->key, KEY_LEN) != KEY_LEN)
+            die("%s: login %u is broken", file, i - from);
+        unhex(frame, c->login, c->login_len);
+    }
+    fclose(in);
+}
+
+uint32_t clients_open(int port, uint32_t count, uint32_t parallel, double seconds, const char *file) {
+    uint64_t deadline = now_ns() + (uint64_t)(seconds * 1e9);
+    uint32_t first = clients.count, started = 0;
+    uint32_t ready = clients.ready, closed = clients.closed;
+    clients.at = realloc(clients.at, (first + count) * sizeof *clients.at);
+    if (!clients.at)
+        die("out of memory");
+    read_logins(file, first, count);
+    clients.count += count;
+    for (;;) {
+        uint32_t finished = (clients.ready - ready) + (clients.closed - closed);
+        while (started < count && started - finished < parallel)
+            start(&clients.at[first + started++], port);
+        if (finished >= count || now_ns() > deadline)
+            return clients.ready - ready;
+        clients_poll(100);
+    }
+}

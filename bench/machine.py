@@ -1,0 +1,108 @@
+"""What the kernel says about cores, processes and their use of both (Linux: /proc and /sys)."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.errors import BenchError
+
+PROC = Path("/proc")
+TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Cores:
+    """The core of the relays and the core of the load generator."""
+
+    relay: int
+    generator: int
+
+
+@dataclass(frozen=True)
+class CpuTime:
+    """A point in time, and the CPU seconds used until then: by this process and its children, and on the two cores by
+    everything, the time that the hypervisor took away included."""
+
+    clock: float
+    own: float
+    all: float
+
+
+def pick_cores() -> Cores:
+    """Two cores that share no execution units, of those this process may use. Raises BenchError when there is one."""
+    usable = sorted(os.sched_getaffinity(0))
+    first = usable[0]
+    siblings = _siblings(first)
+    others = [core for core in usable if core not in siblings] or usable[1:]
+    if not others:
+        raise BenchError("two cores are needed, one for the relay and one for the load; this process may use one")
+    return Cores(relay=first, generator=others[0])
+
+
+def describe() -> list[str]:
+    """The machine in a few words, without its name or paths."""
+    info = (PROC / "cpuinfo").read_text()
+    found = re.search(r"^model name\s*: (.*)$", info, re.MULTILINE)
+    model = found[1] if found else platform.machine()
+    virtual = "a virtual machine" if "hypervisor" in info else "bare metal"
+    return [f"{model}, {os.cpu_count()} CPUs, {virtual}", f"{platform.system()} {platform.release()}"]
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time so far of a process and its living children, from the scheduler (/proc/PID/stat counts 10 ms ticks)."""
+    threads = (thread for process in family(pid) for thread in (PROC / str(process) / "task").iterdir())
+    return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident memory of a process and its children."""
+    pages = sum(int((PROC / str(process) / "statm").read_text().split()[1]) for process in family(pid))
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def family(pid: int) -> Iterator[int]:
+    """A process, its children, theirs, and so on."""
+    yield pid
+    for listing in (PROC / str(pid) / "task").glob("*/children"):
+        for child in listing.read_text().split():
+            yield from family(int(child))
+
+
+def sample(cores: Cores) -> CpuTime:
+    """The CPU time used up to now."""
+    wanted = {f"cpu{cores.relay}", f"cpu{cores.generator}"}
+    lines = (line.split() for line in (PROC / "stat").read_text().splitlines())
+    ticks = sum(_busy_ticks(fields[1:]) for fields in lines if fields and fields[0] in wanted)
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    own = cpu_seconds(os.getpid()) + ended.ru_utime + ended.ru_stime
+    return CpuTime(time.monotonic(), own, ticks / TICKS_PER_SECOND)
+
+
+def foreign_share(before: CpuTime, after: CpuTime) -> float:
+    """The share of the two cores that went to others: other processes, or other machines on the same hardware."""
+    elapsed = 2 * (after.clock - before.clock)
+    foreign = (after.all - before.all) - (after.own - before.own)
+    return max(0.0, foreign / elapsed) if elapsed > 0 else 0.0
+
+
+def _busy_ticks(fields: list[str]) -> int:
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[:8])
+    return user + nice + system + irq + softirq + steal
+
+
+def _siblings(core: int) -> set[int]:
+    path = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list")
+    if not path.exists():
+        return {core}
+    siblings: set[int] = set()
+    for part in path.read_text().strip().split(","):
+        low, _, high = part.partition("-")
+        siblings.update(range(int(low), int(high or low) + 1))
+    return siblings

@@ -1,0 +1,133 @@
+"""The relays that are compared: how each is found or built, and how one is started on its core."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+from nacl.public import PrivateKey
+
+from bench import machine
+from bench.errors import BenchError
+from bench.processes import pinned
+from tests.interop.gobuild import GoMissingError, build_peers
+
+HERE = Path(__file__).parent
+START_LIMIT = 20.0
+Step = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Build:
+    """A relay that can be started: `side` names it in the results, `version` says what exactly was measured."""
+
+    side: str
+    version: str
+    command: tuple[str, ...]
+    env: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Relay:
+    """A running relay. `start_seconds` is the time from its start until its port accepted."""
+
+    pid: int
+    port: int
+    public_key: bytes
+    start_seconds: float
+
+    def cpu_seconds(self) -> float:
+        """CPU time that the relay has used so far, its children included."""
+        return machine.cpu_seconds(self.pid)
+
+    def resident_bytes(self) -> int:
+        """Resident memory of the relay, its children included."""
+        return machine.resident_bytes(self.pid)
+
+
+def stock(step: Step, side: str = "stock") -> Build:
+    """Stock derper of the published module, built into the cache. Raises BenchError without Go."""
+    try:
+        binary = build_peers(step).derper
+    except GoMissingError as error:
+        raise BenchError("there is no `go` on the PATH: install Go to build stock derper") from error
+    # GOMAXPROCS=1 is what Go chooses in a container with one core; under taskset it would choose the same.
+    return Build(side, _go_version(binary), (str(binary),), {"GOMAXPROCS": "1"})
+
+
+def ours() -> Build:
+    """This repository's relay, from the environment that runs the benchmark. Raises BenchError when it is not there."""
+    command = Path(sys.executable).parent / "derper"
+    if not command.exists():
+        raise BenchError("there is no `derper` beside this Python: run `make venv`, then `make bench`")
+    version = f"derper {metadata.version('derp-regions')}, Python {sys.version.split()[0]}"
+    return Build("ours", f"{version}{_commit()}", (str(command),))
+
+
+@contextmanager
+def running(build: Build, *, core: int) -> Iterator[Relay]:
+    """A relay on a free port of 127.0.0.1, ready for clients. Raises BenchError with its last words if it ends."""
+    with tempfile.TemporaryDirectory(prefix="derp-bench-") as folder, Path(folder, "log").open("w+b") as log:
+        key = PrivateKey.generate()
+        key_file = Path(folder, "derper.key")
+        key_file.write_text(json.dumps({"PrivateKey": f"privkey:{bytes(key).hex()}"}))
+        key_file.chmod(0o600)
+        port = _free_port()
+        arguments = [f"-a=127.0.0.1:{port}", "-http-port=-1", "-stun=false", f"-c={key_file}"]
+        arguments += ["-certmode=manual", f"-certdir={folder}/certs", "-hostname=127.0.0.1"]
+        environment = {**os.environ, **build.env}
+        started = time.monotonic()
+        command = [*build.command, *arguments]
+        with pinned(command, core=core, env=environment, stdout=subprocess.DEVNULL, stderr=log) as process:
+            _wait_for(process, port, build.side, log.name)
+            yield Relay(process.pid, port, bytes(key.public_key), time.monotonic() - started)
+
+
+def _wait_for(process: subprocess.Popen[bytes], port: int, side: str, log: str) -> None:
+    deadline = time.monotonic() + START_LIMIT
+    while time.monotonic() < deadline and process.poll() is None:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.002)
+    words = Path(log).read_text(errors="replace").strip().splitlines()[-5:]
+    raise BenchError(f"the relay `{side}` did not start on port {port}: " + (" / ".join(words) or "it said nothing"))
+
+
+def _free_port() -> int:
+    # Below the ephemeral ports, so that no client of another relay takes it between here and the relay's bind.
+    while True:
+        port = 20000 + secrets.randbelow(10000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def _go_version(binary: Path) -> str:
+    text = _output("go", "version", "-m", str(binary))
+    module = re.search(r"\btailscale\.com\s+v(\S+)", text)
+    compiler = re.search(r": (go\S+)", text)
+    if not module or not compiler:
+        raise BenchError("stock derper does not say which version it is: `go version -m` was not understood")
+    return f"stock derper {module[1]}, {compiler[1]}, GOMAXPROCS=1"
+
+
+def _commit() -> str:
+    with suppress(OSError, subprocess.CalledProcessError):
+        return ", commit " + _output("git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*")
+    return ""
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

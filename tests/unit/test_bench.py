@@ -1,0 +1,299 @@
+"""The benchmark's own judgement: its search, its report, and that its generator notices a broken relay."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import shutil
+import ssl
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from bench import generator, machine, relays, report
+from bench.errors import BenchError
+from bench.generator import Paced, PingPong, Shape
+from bench.scenarios import full, pairs, quick
+from bench.search import Lattice, highest
+from derper import certs
+
+SERVER_KEY = bytes(range(32))
+RECV_PACKET = 5
+
+
+# ---- search ----
+
+
+@pytest.mark.parametrize("limit", [-1, 0, 1, 17, 98, 99, 200])
+@pytest.mark.parametrize("start", [0, 17, 50, 99, 1000])
+def test_search_finds_the_highest_passing_index(limit: int, start: int) -> None:
+    found = highest(99, start, lambda k: k, lambda k: k <= limit)
+    assert found.best == (None if limit < 0 else min(limit, 99))
+    assert found.passed == found.best
+    assert found.failed == (None if limit >= 99 else max(limit + 1, 0))
+
+
+def test_search_forgives_an_attempt_that_was_disturbed() -> None:
+    attempts: list[int] = []
+
+    def attempt(k: int) -> int:
+        attempts.append(k)
+        return k if attempts.count(k) > 1 else 1000
+
+    assert highest(99, 10, attempt, lambda k: k <= 40, tries=2).best == 40
+
+
+def test_search_reports_the_attempt_that_passed_not_the_one_before() -> None:
+    answers = iter([7.0, 0.5, 9.0, 9.0])
+    found = highest(1, 0, lambda k: next(answers), lambda loss: loss < 1, tries=2)
+    assert (found.best, found.passed, found.failed) == (0, 0.5, 9.0)
+
+
+def test_lattice_stays_within_its_limit() -> None:
+    lattice = Lattice(base=10e3, step=1.05, limit=2e6)
+    assert lattice.rate(0) == 10e3
+    assert lattice.rate(lattice.top) <= 2e6 < lattice.rate(lattice.top + 1)
+
+
+# ---- report ----
+
+
+def _row(number: int, side: str, value: float, figure: str = "ceiling", note: str = "") -> report.Row:
+    return report.Row(number, side, "1300 B, 1x1", figure, value, "kpps", "more", note, 0.02)
+
+
+ROWS = [
+    *(_row(i, "stock", value) for i, value in enumerate([90, 100, 130])),
+    *(_row(i, "ours", value, note="generator-bound" if i else "") for i, value in enumerate([260, 250, 200])),
+    _row(0, "stock", 5, figure="only stock has this"),
+]
+
+
+def test_ratio_is_that_of_the_medians() -> None:
+    (comparison,) = report.compare(ROWS, ("stock", "ours"))
+    assert (comparison.first.median, comparison.second.median) == (100, 250)
+    assert (comparison.second.low, comparison.second.high) == (200, 260)
+    assert comparison.ratio == 2.5
+    assert comparison.notes == "ours: generator-bound"
+
+
+def test_rows_survive_the_raw_file() -> None:
+    assert report.from_csv(report.to_csv(ROWS)) == ROWS
+
+
+def test_results_show_medians_ratio_noise_and_facts() -> None:
+    noise = report.noise_of([_row(0, "stock", 100), _row(0, "stock again", 97)])
+    text = report.results(ROWS, ("stock", "ours"), ["a machine"], noise)
+    assert "- a machine\n" in text
+    row = "| 100 (90.0 - 130) | 250 (200 - 260) | **2.50** | 0.97 | ours: generator-bound |"
+    assert f"| 1300 B, 1x1 | ceiling, kpps (more is better) {row}" in text
+
+
+def test_noise_needs_two_sides() -> None:
+    assert report.noise_of([_row(0, "stock", 100)]) == {}
+
+
+@pytest.mark.parametrize("chosen", [quick(), full()])
+def test_scenario_names_are_unique(chosen: list[object]) -> None:
+    names = [getattr(scenario, "name", "") for scenario in chosen]
+    assert len(set(names)) == len(names)
+    assert all(names)
+
+
+# ---- machine and processes ----
+
+
+def test_one_core_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
+    with pytest.raises(BenchError, match="two cores"):
+        machine.pick_cores()
+
+
+def test_a_process_is_counted_with_its_children() -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        assert set(machine.family(os.getpid())) >= {os.getpid(), child.pid}
+    finally:
+        child.kill()
+        child.wait()
+    assert machine.cpu_seconds(os.getpid()) > 0
+    assert machine.resident_bytes(os.getpid()) > 1 << 20
+
+
+def test_foreign_share_leaves_out_what_the_benchmark_used() -> None:
+    before = machine.CpuTime(clock=0, own=1, all=10)
+    assert machine.foreign_share(before, machine.CpuTime(clock=10, own=16, all=27)) == pytest.approx(0.1)
+
+
+def test_a_relay_that_ends_at_once_is_quoted() -> None:
+    broken = relays.Build("ours", "1", ("sh", "-c", "echo 'derper: the port is in use' >&2; exit 1"))
+    with pytest.raises(BenchError, match=r"`ours` did not start .*the port is in use"), relays.running(broken, core=0):
+        pass
+
+
+# ---- the generator against a relay with faults ----
+
+Fault = Callable[[list[bytes]], list[bytes]]
+"""Takes the packets of one read, returns what is delivered instead."""
+
+
+def _whole(packets: list[bytes]) -> list[bytes]:
+    return packets
+
+
+def _change_one_byte(packets: list[bytes]) -> list[bytes]:
+    return [packet[:90] + bytes([packet[90] ^ 1]) + packet[91:] for packet in packets]
+
+
+def _change_the_stamp(packets: list[bytes]) -> list[bytes]:
+    return [packet[:8] + bytes([packet[8] ^ 1]) + packet[9:] for packet in packets]
+
+
+def _cut(packets: list[bytes]) -> list[bytes]:
+    return [packet[:-1] for packet in packets]
+
+
+def _turn_round(packets: list[bytes]) -> list[bytes]:
+    return packets[::-1]
+
+
+def _twice(packets: list[bytes]) -> list[bytes]:
+    return [packet for packet in packets for _ in range(2)]
+
+
+class FakeRelay:
+    """The least that the generator takes for a relay; `fault` changes what it delivers, `swap` to whom."""
+
+    def __init__(self, fault: Fault, *, swap: bool = False, forge: bool = False) -> None:
+        self.fault = fault
+        self.swap = swap
+        self.forge = forge
+        self.writers: dict[bytes, asyncio.StreamWriter] = {}
+        self.connections: set[asyncio.Task[None]] = set()
+
+    def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections.add(asyncio.create_task(self._serve(reader, writer)))
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            await reader.readuntil(b"\r\n\r\n")
+            key = (await self._frame(reader))[:32]
+            writer.write(_frame(1, "DERP🔑".encode() + SERVER_KEY) + _frame(3, bytes(64)))
+            self.writers[key] = writer
+            await self._frame(reader)  # NotePreferred
+            while True:
+                await self._relay(key, reader)
+
+    async def _relay(self, key: bytes, reader: asyncio.StreamReader) -> None:
+        packets = [await self._frame(reader) for _ in range(4)]
+        for receiver in {packet[:32] for packet in packets}:
+            mine = [packet[32:] for packet in packets if packet[:32] == receiver]
+            to = next(k for k in self.writers if k != receiver) if self.swap else receiver
+            sender = SERVER_KEY if self.forge else key
+            self.writers[to].write(b"".join(_frame(RECV_PACKET, sender + packet) for packet in self.fault(mine)))
+
+    async def _frame(self, reader: asyncio.StreamReader) -> bytes:
+        header = await reader.readexactly(5)
+        return await reader.readexactly(int.from_bytes(header[1:], "big"))
+
+
+def _frame(kind: int, body: bytes) -> bytes:
+    return bytes([kind]) + len(body).to_bytes(4, "big") + body
+
+
+@asynccontextmanager
+async def _loaded(relay: FakeRelay, folder: Path) -> AsyncIterator[generator.Generator]:
+    """A generator with two clients of the relay."""
+    pair = certs.self_signed(["127.0.0.1"], now=datetime.now(UTC))
+    (folder / "crt").write_bytes(pair.cert_pem)
+    (folder / "key").write_bytes(pair.key_pem)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "crt", folder / "key")
+    server = await asyncio.start_server(relay.accept, "127.0.0.1", 0, ssl=context)
+    core = max(os.sched_getaffinity(0))
+    async with server:
+        with generator.generating(generator.build(lambda text: None), core=core) as load:
+            port = server.sockets[0].getsockname()[1]
+            await asyncio.to_thread(load.open, relays.Relay(os.getpid(), port, SERVER_KEY, 0.0), 2)
+            yield load
+        await asyncio.gather(*relay.connections)
+
+
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("gcc") or not Path("/usr/include/openssl/ssl.h").exists(), reason="needs gcc and OpenSSL's headers"
+)
+LOAD = Paced(pairs(1), Shape(2, 4), 200, 800)
+
+
+@needs_compiler
+async def test_generator_counts_what_a_good_relay_delivers(tmp_path: Path) -> None:
+    async with _loaded(FakeRelay(_whole), tmp_path) as load:
+        result = await asyncio.to_thread(load.run, LOAD, seconds=0.5, warm_up=0.1, quiet=10)
+    assert result.sent_total == result.delivered_total > 0
+    assert result.offered > 0
+    assert result.delivered == result.latency.count
+    assert 0 < result.latency.p50 <= result.latency.p99 <= result.latency.max
+    assert result.slowest_to_mean == 1
+    assert result.closed == result.unexpected == 0
+
+
+@needs_compiler
+async def test_generator_counts_losses(tmp_path: Path) -> None:
+    dice = random.Random(1)
+
+    def lose_some(packets: list[bytes]) -> list[bytes]:
+        return [packet for packet in packets if dice.random() < 0.5]
+
+    async with _loaded(FakeRelay(lose_some), tmp_path) as load:
+        result = await asyncio.to_thread(load.run, LOAD, seconds=0.5, warm_up=0, quiet=1)
+    assert result.loss > 0
+    assert 0.2 < result.delivered_total / result.sent_total < 0.8
+
+
+@needs_compiler
+async def test_generator_plays_ping_pong(tmp_path: Path) -> None:
+    class OneByOne(FakeRelay):
+        async def _relay(self, key: bytes, reader: asyncio.StreamReader) -> None:
+            packet = await self._frame(reader)
+            self.writers[packet[:32]].write(_frame(RECV_PACKET, key + packet[32:]))
+
+    async with _loaded(OneByOne(_whole), tmp_path) as load:
+        result = await asyncio.to_thread(load.run, PingPong(pairs(1), 100), seconds=1, warm_up=0)
+    assert result.rtt.count > 0
+    assert 0 < result.rtt.p50 <= result.rtt.max
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("relay", "word"),
+    [
+        (FakeRelay(_change_one_byte), "corrupt"),
+        (FakeRelay(_change_the_stamp), "corrupt"),
+        (FakeRelay(_cut), "corrupt"),
+        (FakeRelay(_turn_round), "reordered"),
+        (FakeRelay(_twice), "reordered"),
+        (FakeRelay(_whole, swap=True), "misrouted"),
+        (FakeRelay(_whole, forge=True), "misrouted"),
+    ],
+    ids=["byte", "stamp", "cut", "order", "twice", "receiver", "sender"],
+)
+async def test_generator_refuses_a_broken_relay(relay: FakeRelay, word: str, tmp_path: Path) -> None:
+    async with _loaded(relay, tmp_path) as load:
+        with pytest.raises(BenchError, match=f"packets arrived {word}"):
+            await asyncio.to_thread(load.run, LOAD, seconds=0.5, warm_up=0)
+
+
+@needs_compiler
+async def test_generator_says_that_a_relay_has_another_key(tmp_path: Path) -> None:
+    class Impostor(FakeRelay):
+        async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(_frame(1, "DERP🔑".encode() + bytes(32)))
+
+    with pytest.raises(BenchError, match="introduced itself with another key"):
+        async with _loaded(Impostor(_whole), tmp_path):
+            pass
