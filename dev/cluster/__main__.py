@@ -8,7 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from dev.cluster import binaries, state
+from dev.cluster import binaries, images, state
 from dev.cluster.lifecycle import Cluster
 from dev.cluster.state import Paths
 from dev.cluster.steps import ClusterError, Steps, UnsupportedError
@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     load = commands.add_parser("load-image", help="give every node the images in docker archives")
     load.add_argument("archives", nargs="+", type=Path, metavar="FILE")
     commands.add_parser("build", help="build the binaries into the cache, start nothing")
+    commands.add_parser("images", help="build the project's images, and load them into the cluster if one is up")
     commands.add_parser("status", help="say what runs")
     commands.add_parser("leftovers", help="list what is on this machine of the cluster; status 1 unless nothing is")
     kill = commands.add_parser("node-kill", help="lose a node as a power cut would")
@@ -65,6 +66,12 @@ def build(paths: Paths, steps: Steps) -> None:
     binaries.build(paths, steps)
 
 
+def build_images(paths: Paths, steps: Steps) -> list[Path]:
+    if packages := binaries.missing_packages(images.PACKAGES):
+        binaries.install_packages(packages, paths, steps)
+    return images.Images(state.repository(), paths, steps).build()
+
+
 def execute(arguments: argparse.Namespace, paths: Paths, steps: Steps) -> int:
     if arguments.command == "kubeconfig":
         print(paths.kubeconfig)
@@ -90,6 +97,12 @@ def execute(arguments: argparse.Namespace, paths: Paths, steps: Steps) -> int:
                 steps.say("done")
             case "build":
                 build(paths, steps)
+            case "images":
+                archives = build_images(paths, steps)
+                print("\n".join(map(str, archives)))
+                if cluster.exists():
+                    with steps("load the images into the nodes"):
+                        cluster.load(archives)
             case "load-image":
                 with steps(f"load {', '.join(file.name for file in arguments.archives)} into the nodes"):
                     cluster.load(arguments.archives)

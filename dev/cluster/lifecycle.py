@@ -44,6 +44,9 @@ class Cluster:
             raise ClusterError("there is no cluster; start one with `python -m dev.cluster up`") from None
         return network.nodes(settings["nodes"])
 
+    def exists(self) -> bool:
+        return self._finished.exists()
+
     def node(self, name: str) -> Node:
         found = [node for node in self.nodes() if node.name == name]
         if not found:
@@ -74,7 +77,7 @@ class Cluster:
 
     def _is_whole(self) -> bool:
         """Whether `up` once came to its end and the control plane runs. What is less is cleared and made anew."""
-        return self._finished.exists() and controlplane.running() == set(controlplane.ROLES)
+        return self.exists() and controlplane.running() == set(controlplane.ROLES)
 
     def _fresh(self, wanted: Sequence[Node], since: datetime, dns_cache_seconds: int) -> None:
         paths = self._paths
@@ -136,9 +139,11 @@ class Cluster:
 
     def _load(self, archives: Sequence[Path], wanted: Sequence[Node]) -> None:
         def load(each: Node) -> None:
-            for file in archives:
-                node.import_image(each, file)
+            node.import_images(each, files, self._paths.node(each.name))
 
+        files = [file.absolute() for file in archives]
+        if missing := [str(file) for file in files if not file.is_file()]:
+            raise ClusterError(f"there is no file {missing[0]}")
         with ThreadPoolExecutor() as pool:
             list(pool.map(load, wanted))
 
@@ -161,7 +166,7 @@ class Cluster:
     def down(self) -> None:
         """End all processes and take away everything that `leftovers` would list."""
         network.remove_links()
-        # The nodes first, whole; then what runs on the host. All at once: the data goes too, nothing is worth a farewell.
+        # The nodes first, whole; then what runs on the host. At once: the data goes too, so nobody needs to save any.
         processes.end([process for process in processes.find() if process.is_init], signal.SIGKILL)
         processes.end(processes.find(), signal.SIGKILL)
         cgroups.remove()

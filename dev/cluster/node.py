@@ -132,10 +132,17 @@ def cut_cable(node: Node) -> None:
         output(["ip", "link", "delete", node.link])
 
 
-def import_image(node: Node, archive: Path) -> None:
-    """Give the node's containerd the images in a docker archive."""
+def import_images(node: Node, archives: Sequence[Path], directory: Path) -> None:
+    """Give the node's containerd the images in these docker archives, unless it got the very same files before."""
     init = find_init(node)
     if init is None:
         raise ClusterError(f"{node.name} is not running; start it with `python -m dev.cluster node-start {node.name}`")
     socket = f"/proc/{init.pid}/root{config.CONTAINERD_SOCKET}"
-    output(["ctr", "--address", socket, "--namespace", "k8s.io", "images", "import", archive])
+    record = directory / "loaded.json"
+    loaded: dict[str, list[int]] = json.loads(record.read_text()) if record.exists() else {}
+    for archive in archives:
+        identity = [archive.stat().st_size, archive.stat().st_mtime_ns]
+        if loaded.get(str(archive)) != identity:
+            output(["ctr", "--address", socket, "--namespace", "k8s.io", "images", "import", archive])
+            loaded[str(archive)] = identity
+    record.write_text(json.dumps(loaded))

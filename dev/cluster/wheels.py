@@ -42,9 +42,11 @@ def closure(project: str, extras: Iterable[str], requires: Callable[[str], list[
 
 
 def select(requirements: str, names: set[str]) -> str:
-    """The part of a requirements.txt with hashes that is about these packages; raises ClusterError if one is missing."""
+    """The part of a requirements.txt with hashes that is about these packages; raises ClusterError if one lacks."""
     entries = re.split(r"^(?=[A-Za-z0-9])", requirements, flags=re.MULTILINE)
-    named = {canonicalize_name(entry.split("==")[0].split("[")[0].strip()): entry for entry in entries if "==" in entry}
+    named: dict[str, str] = {
+        canonicalize_name(entry.split("==")[0].split("[")[0].strip()): entry for entry in entries if "==" in entry
+    }
     if missing := names - named.keys():
         raise ClusterError(f"requirements.txt pins no version of {', '.join(sorted(missing))}; update it")
     return "".join(named[name] for name in sorted(names))
@@ -95,7 +97,7 @@ def project(repository: Path, paths: Paths, steps: Steps) -> Path:
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     with steps("build the project's wheel"):
-        build = [sys.executable, "-m", "pip", "wheel", "--no-deps", f"--wheel-dir={part}", repository]
+        build: list[str | Path] = [sys.executable, "-m", "pip", "wheel", "--no-deps", f"--wheel-dir={part}", repository]
         run(build, log=paths.build_logs / "wheel.log")
     part.rename(target)
     return target
