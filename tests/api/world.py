@@ -1,0 +1,271 @@
+"""A cluster without kubelets: the API server is real, pods and relays are played by the test."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import kopf
+from derp_operator import names
+from derp_operator.counting import CountingCluster, Watches
+from derp_operator.keyring import Maker, system_maker
+from derp_operator.kube import ApiError, Cluster, Kube, Object
+from derp_operator.observe import content
+from derp_operator.probe import Answer, Target
+from derp_operator.reconcile import Reconciler
+
+from .controlplane import ControlPlane
+
+_numbers = itertools.count(1)
+HANG = 40
+"""Passes after which a region is taken to never settle."""
+
+
+class Relays:
+    """What relays would answer.  All is well but for what a test breaks."""
+
+    def __init__(self) -> None:
+        self.faults: dict[str, str] = {}
+        self.asked: dict[str, Target] = {}
+        self.known: set[str] = set()
+
+    async def ask(self, target: Target) -> Answer:
+        self.asked[target.pod] = target
+        fault = self.faults.get(target.pod)
+        peers = self.known - {target.pod} - set(self.faults)
+        return Answer((fault,)) if fault else Answer(mesh=dict.fromkeys(peers, True))
+
+
+class World:
+    """One region in a namespace of its own, and the means to play the rest of the cluster."""
+
+    def __init__(self, kube: Kube, namespace: str, name: str = "berlin") -> None:
+        self.kube, self.namespace, self.name = kube, namespace, name
+        self.relays = Relays()
+        self.writes: Counter[str] = Counter()
+        self.skew = timedelta()
+        self.maker: Maker = system_maker()
+
+    def now(self) -> datetime:
+        return datetime.now(UTC) + self.skew
+
+    def reconciler(self, cluster: Cluster | None = None) -> Reconciler:
+        """A fresh one: it knows nothing."""
+        counting = CountingCluster(cluster or self.kube, self.writes, Watches(lambda: 0.0))
+        return Reconciler(counting, self.relays.ask, self.maker, "localhost/derper:dev", self.now)
+
+    async def reconcile(self, cluster: Cluster | None = None) -> float | None:
+        return await self.reconciler(cluster).reconcile(self.namespace, self.name)
+
+    async def create(self, **spec: Any) -> Object:
+        """The region, as a user would apply it."""
+        return await self.kube.create(self._region(spec))
+
+    async def change(self, **spec: Any) -> None:
+        """Change fields of the spec; None removes one."""
+        await self.kube.merge(names.KIND, self.namespace, self.name, {"spec": spec})
+
+    async def settle(self) -> Object:
+        """Reconcile and play pods until a pass writes nothing; returns the region."""
+        for _ in range(HANG):
+            before = self.writes.total()
+            await self.reconcile()
+            moved = await self.play()
+            if self.writes.total() == before and not moved:
+                return await self.region()
+        raise AssertionError(f"never settles: {await self.region()}")
+
+    async def play(self) -> bool:
+        """One round of StatefulSet controller and kubelets; returns whether they did anything."""
+        owner = await self.kube.get("StatefulSet", self.namespace, self.name)
+        if owner is None:
+            return False
+        pods = {pod["metadata"]["name"]: pod for pod in await self.pods()}
+        wanted = [names.pod_name(self.name, number) for number in range(owner["spec"]["replicas"])]
+        for pod in wanted:
+            if pod not in pods:
+                await self.start(owner, pod)
+        for pod in set(pods) - set(wanted):
+            await self.stop(pod)
+        moved = set(pods) != set(wanted)
+        return await self._statefulset_status(owner, len(wanted)) or moved
+
+    async def start(self, owner: Object, pod: str) -> None:
+        """A pod that runs and is ready."""
+        number = int(pod.rpartition("-")[2])
+        template = owner["spec"]["template"]
+        await self.kube.create(
+            {
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "metadata": {
+                    "name": pod,
+                    "namespace": self.namespace,
+                    "labels": template["metadata"]["labels"] | {"statefulset.kubernetes.io/pod-name": pod},
+                    "annotations": template["metadata"].get("annotations", {}),
+                },
+                "spec": template["spec"] | {"nodeName": f"node-{number}"},
+            }
+        )
+        await self.pod_status(
+            pod,
+            phase="Running",
+            podIP=f"198.18.{number}.9",
+            hostIP=f"198.18.255.{11 + number}",
+            hostIPs=[{"ip": f"198.18.255.{11 + number}"}],
+            conditions=[{"type": "Ready", "status": "True"}],
+        )
+        self.relays.known.add(pod)
+
+    async def stop(self, pod: str) -> None:
+        """A pod that is gone at once."""
+        path = f"api/v1/namespaces/{self.namespace}/pods/{pod}"
+        await self.kube._request("DELETE", path, {"gracePeriodSeconds": "0"})
+        self.relays.known.discard(pod)
+
+    async def pod_status(self, pod: str, **status: Any) -> None:
+        path = f"api/v1/namespaces/{self.namespace}/pods/{pod}/status"
+        await self.kube._request("PATCH", path, {}, {"status": status}, "application/merge-patch+json")
+
+    async def patch_status(self, kind: str, name: str, status: Object) -> None:
+        """Write a status as a controller of the cluster would."""
+        paths = {"Service": "api/v1", "StatefulSet": "apis/apps/v1"}
+        path = f"{paths[kind]}/namespaces/{self.namespace}/{kind.lower()}s/{name}/status"
+        await self.kube._request("PATCH", path, {}, {"status": status}, "application/merge-patch+json")
+
+    async def _statefulset_status(self, owner: Object, replicas: int) -> bool:
+        status = {
+            "observedGeneration": owner["metadata"]["generation"],
+            "replicas": replicas,
+            "updatedReplicas": replicas,
+            "currentRevision": "one",
+            "updateRevision": "one",
+        }
+        old = owner.get("status", {})
+        if all(old.get(key) == value for key, value in status.items()):
+            return False
+        await self.patch_status("StatefulSet", self.name, status)
+        return True
+
+    async def region(self) -> Object:
+        found = await self.kube.get(names.KIND, self.namespace, self.name)
+        assert found
+        return found
+
+    async def get(self, kind: str, name: str) -> Object:
+        found = await self.kube.get(kind, self.namespace, name)
+        assert found, f"there is no {kind} {name}"
+        return found
+
+    async def pods(self) -> list[Object]:
+        return await self.kube.list("Pod", self.namespace, names.labels(self.name))
+
+    async def data(self, kind: str, name: str) -> dict[str, bytes]:
+        return content(await self.get(kind, name), kind)
+
+    async def remove(self, kind: str, name: str) -> None:
+        found = await self.get(kind, name)
+        await self.kube.delete(kind, self.namespace, name, found["metadata"]["uid"])
+
+    async def events(self) -> list[tuple[str, str]]:
+        found = await self.kube.list("Event", self.namespace, {})
+        return [(item["type"], item["reason"]) for item in found]
+
+    def _region(self, spec: Mapping[str, Any]) -> Object:
+        whole = {"regionID": 900, "clients": {"open": True}, "exposure": {"type": "NodePort"}, **spec}
+        return {
+            "apiVersion": f"{names.GROUP}/{names.VERSION}",
+            "kind": names.KIND,
+            "metadata": {"name": self.name, "namespace": self.namespace},
+            "spec": {key: value for key, value in whole.items() if value is not None},
+        }
+
+
+def condition(region: Object, kind: str = "Ready") -> Object:
+    """A condition of a region."""
+    found: Object = next(item for item in region["status"]["conditions"] if item["type"] == kind)
+    return found
+
+
+class Recorder:
+    """A cluster that notes each write, in order, and can fail one of them.
+
+    `fail_at` counts from 1; `lost` is whether the request was carried out although its answer was lost.
+    """
+
+    def __init__(self, cluster: Cluster, fail_at: int = 0, *, status: int = 500, lost: bool = False) -> None:
+        self._cluster, self._fail_at, self._status, self._lost = cluster, fail_at, status, lost
+        self.writes: list[tuple[str, str, str]] = []
+
+    async def get(self, kind: str, namespace: str | None, name: str) -> Object | None:
+        return await self._cluster.get(kind, namespace, name)
+
+    async def list(self, kind: str, namespace: str | None, labels: Mapping[str, str]) -> list[Object]:
+        return await self._cluster.list(kind, namespace, labels)
+
+    async def apply(self, manifest: Object, subresource: str = "") -> Object:
+        verb = "status" if subresource else "apply"
+        async with self._write(verb, manifest["kind"], manifest["metadata"]["name"]):
+            return await self._cluster.apply(manifest, subresource)
+
+    async def merge(self, kind: str, namespace: str, name: str, patch: Object) -> Object:
+        async with self._write("merge", kind, name):
+            return await self._cluster.merge(kind, namespace, name, patch)
+
+    async def create(self, manifest: Object) -> Object:
+        async with self._write("create", manifest["kind"], manifest["metadata"].get("name", "")):
+            return await self._cluster.create(manifest)
+
+    async def delete(self, kind: str, namespace: str, name: str, uid: str) -> None:
+        async with self._write("delete", kind, name):
+            await self._cluster.delete(kind, namespace, name, uid)
+
+    @asynccontextmanager
+    async def _write(self, verb: str, kind: str, name: str) -> AsyncIterator[None]:
+        self.writes.append((verb, kind, name))
+        fails = len(self.writes) == self._fail_at
+        if fails and not self._lost:
+            raise ApiError(self._status, "Injected", "an injected fault")
+        yield
+        if fails:
+            raise ApiError(0, "Injected", "the answer was lost")
+
+
+@asynccontextmanager
+async def world(api: ControlPlane) -> AsyncIterator[World]:
+    """A fresh namespace.  Nothing removes it: without controllers that would not end."""
+    kube = Kube(lambda: _login(api))
+    namespace = f"test-{next(_numbers)}"
+    try:
+        await kube._request("POST", "api/v1/namespaces", {}, {"metadata": {"name": namespace}})
+        yield World(kube, namespace)
+    finally:
+        await kube.close()
+        await asyncio.sleep(0)  # let the transports close
+
+
+def _login(api: ControlPlane) -> kopf.ConnectionInfo:
+    with _environment(KUBECONFIG=str(api.kubeconfig)):
+        found = kopf.login_with_kubeconfig(settings=kopf.OperatorSettings())
+    assert found
+    return found
+
+
+@contextmanager
+def _environment(**values: str) -> Any:
+    old = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in old.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
