@@ -7,13 +7,12 @@ import gc
 import logging
 import os
 import random
-import signal
 import sys
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from . import __version__, config
+from . import __version__, config, probe, region
 from .config import Config, UsageError
+from .runtime import run, set_up_logging, stop_signals
 from .server import Relay, StartError
 
 __all__ = ["main"]
@@ -35,12 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = rest[0] if rest else ""
     try:
         if command == "probe":
-            from . import probe
-
             return probe.main(rest[1:])
         if command == "region":
-            from . import region
-
             return region.main(rest[1:])
         return _relay(rest)
     except KeyboardInterrupt:
@@ -86,29 +81,3 @@ async def serve(chosen: Config) -> None:
         drain.cancel()
         await relay.close()
     log.info("derper: stopped")
-
-
-def stop_signals() -> asyncio.Event:
-    """An event that SIGTERM and SIGINT set."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    return stop
-
-
-def run(main_coroutine: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run on uvloop where it is installed, else on asyncio's own loop."""
-    try:
-        import uvloop
-    except ImportError:
-        asyncio.run(main_coroutine())
-        return
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(main_coroutine())
-
-
-def set_up_logging() -> None:
-    """Log to standard error, with the time as Go writes it."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%Y/%m/%d %H:%M:%S")
-    logging.getLogger("asyncio").setLevel(logging.WARNING)

@@ -72,6 +72,7 @@ class Options:
     ideal_node: str = ""  #: the node of the region it would rather be on
     server_key: NodePublic | None = None  #: refuse any other server
     fast_start: bool = True
+    connected: Callable[[], None] | None = None  #: called when TCP is up
 
 
 class Client:
@@ -279,6 +280,8 @@ async def _upgrade(
 ) -> Client:
     protocol = _Protocol(private_key, options)
     stage = "tls"
+    if options.connected is not None:
+        options.connected()
     try:
         async with asyncio.timeout(CONNECT_SECONDS):
             announced = await _start_tls(transport, endpoint, protocol)
