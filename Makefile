@@ -1,19 +1,73 @@
-# The few commands people type. Each installs or builds what it needs and says what it is doing.
+# The few commands people type.  Each installs or builds what it needs and says what it is doing.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-PY ?= python3
+PYTHON ?= python3
 VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/python -m
+# pytest's own options, e.g. make test-unit ARGS="-k stun"
+ARGS ?=
 
-help:            ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+# -- set-up
 
 $(VENV)/.ready: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON to one."; exit 2; }
 	@echo "==> venv: installing the pinned packages into $(VENV)"
-	@$(PY) -m venv $(VENV)
-	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
-	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing: apt-get install python3-venv"; exit 2; }
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
 venv: $(VENV)/.ready ## .venv with derper, derp-operator and the test tools
 
-.PHONY: help venv
+lock: venv ## requirements.txt anew from pyproject.toml
+	@$(BIN)/pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --all-extras --python-version 3.11 pyproject.toml -o requirements.txt
+	@$(BIN)/pip uninstall --quiet --yes uv
+
+# -- use
+
+demo: venv ## a Kubernetes cluster with the operator and a region of three relays
+	@$(RUN) dev.demo up
+
+demo-down: venv ## end what make demo started, and leave nothing behind
+	@$(RUN) dev.demo down
+
+kubeconfig: $(VENV)/.ready ## the path of the demo cluster's kubeconfig (make -s kubeconfig)
+	@$(RUN) dev.cluster kubeconfig
+
+region: venv ## a region of three relays on this machine, without a cluster
+	@$(BIN)/derper region
+
+images: venv ## the container images of relay and operator
+	@$(RUN) dev.cluster images
+
+# -- check
+
+lint: venv ## ruff, mypy --strict, import contracts, chart and CRD
+	@echo "==> lint: ruff"; $(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
+	@echo "==> lint: mypy --strict"; $(BIN)/mypy
+	@echo "==> lint: import contracts"; $(BIN)/lint-imports --no-cache | grep -vE '[╔╗║╚▶◀▲]|└|^$$'
+	@echo "==> lint: the chart's CRD and docs/api.md are those of crds/"; $(RUN) dev.chart check && $(RUN) dev.apidoc check
+
+test: lint test-unit test-interop test-api test-e2e ## everything
+
+test-unit: venv ## Python only, under a minute
+	@echo "==> unit tests"; $(BIN)/pytest tests/unit $(ARGS)
+
+test-interop: venv ## stock derper and real Tailscale clients (needs Go)
+	@echo "==> interop tests, with stock derper and real clients"; $(BIN)/pytest tests/interop $(ARGS)
+
+test-api: venv ## a real kube-apiserver (needs Go)
+	@echo "==> API tests, with a real kube-apiserver"; $(BIN)/pytest tests/api $(ARGS)
+
+test-e2e: venv ## the embedded cluster (needs Go, root and Linux)
+	@echo "==> end-to-end tests, on a real cluster"; $(BIN)/pytest tests/e2e $(ARGS)
+
+bench: venv ## packets per second and more, against stock derper in the same run
+	@$(RUN) bench $(ARGS)
+
+.PHONY: help venv lock demo demo-down kubeconfig region images lint test test-unit test-interop test-api test-e2e bench
