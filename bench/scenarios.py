@@ -13,10 +13,11 @@ from typing import Protocol
 
 from bench.generator import Flow, Generator, Paced, PingPong, Result, Shape
 from bench.relays import Relay
-from bench.search import Lattice, highest
+from bench.search import Lattice, Search
 
 TOLERATED_LOSS = 0.01
-LEAST_OFFERED = 0.97
+HOPELESS_LOSS = 0.08
+LEAST_OFFERED = 0.9
 SATURATED = 0.9
 BUSY = 0.95
 CLIENTS_BEFORE = 20
@@ -131,12 +132,12 @@ class Ceiling:
 
     def _search(self, rig: Rig, generator: Generator) -> Iterator[Figure]:
         lattice = rig.effort.lattice
-        guess = rig.hints.get(self.name, lattice.top // 3)
-
-        def attempt(k: int) -> Run:
-            return self._at(rig, generator, lattice.rate(k))
-
-        found = highest(lattice.top, guess, attempt, lambda tried: tried.loss_free)
+        search = Search(
+            attempt=lambda k: self._at(rig, generator, lattice.rate(k)),
+            passes=lambda tried: tried.loss_free,
+            hopeless=lambda tried: tried.result.loss > HOPELESS_LOSS or not tried.offered,
+        )
+        found = search.highest(lattice.top, rig.hints.get(self.name, lattice.top // 3))
         if found.best is None or found.passed is None:
             yield Figure("loss-free ceiling", 0, "kpps", "more", f"loses packets at {lattice.base:.0f}/s")
             return

@@ -1,4 +1,4 @@
-"""Finding the highest rate that a relay carries: steps on a lattice of rates, first far, then near."""
+"""Finding the highest rate that a relay carries, on a lattice of rates."""
 
 from __future__ import annotations
 
@@ -32,44 +32,57 @@ class Lattice:
 
 @dataclass(frozen=True)
 class Found(Generic[T]):
-    """The highest index that passed with its result, and the lowest that failed; None where there is none."""
+    """The highest index that passed with its result, and what the next one above gave; None where there is none."""
 
     best: int | None
     passed: T | None
     failed: T | None
 
 
-def highest(top: int, start: int, attempt: Callable[[int], T], passes: Callable[[T], bool], tries: int = 3) -> Found[T]:
-    """Searches 0 .. top for the highest index whose attempt passes, assuming that below a passing one all pass.
+@dataclass(frozen=True)
+class Search(Generic[T]):
+    """How results are judged: `passes` is the aim, `hopeless` is so far from it that no higher rate is worth trying.
 
-    `start` is a guess. Each index gets `tries` attempts before it counts as failed: a disturbance from outside can only
-    make a result worse, so one success is proof enough.
+    Between the two lies a band in which a relay loses a little at one rate and nothing at a higher one. So the search
+    goes up, in long steps and then by halves, to the lowest hopeless rate, and from there down, step by step, to the
+    first rate that passes. A rate has `tries` attempts, since a disturbance from outside can only make a result worse.
     """
-    results: dict[int, T] = {}
 
-    def ok(k: int) -> bool:
-        for _ in range(tries):
-            results[k] = attempt(k)
-            if passes(results[k]):
-                return True
-        return False
+    attempt: Callable[[int], T]
+    passes: Callable[[T], bool]
+    hopeless: Callable[[T], bool]
+    tries: int = 3
 
-    low, high, stride = -1, top + 1, 1
-    k = min(max(start, 0), top)
-    while low < 0 or high > top:
-        if ok(k):
-            low = k
-        else:
-            high = k
-        if low == top or high == 0:
-            break
-        k = min(low + stride, top) if high > top else max(high - stride, 0)
-        stride = min(stride * 2, FAR)
-    while high - low > 1:
-        middle = (low + high) // 2
-        if ok(middle):
-            low = middle
-        else:
-            high = middle
-    best = low if low >= 0 else None
-    return Found(best, results.get(low), results.get(high))
+    def highest(self, top: int, start: int) -> Found[T]:
+        """The highest of 0 .. top that passes; `start` is a guess at it."""
+        above = None
+        for k in range(self._lowest_hopeless(top, start), -1, -1):
+            for _ in range(self.tries):
+                result = self.attempt(k)
+                if self.passes(result):
+                    return Found(k, result, above)
+                if self.hopeless(result):
+                    break
+            above = result
+        return Found(None, None, above)
+
+    def _lowest_hopeless(self, top: int, start: int) -> int:
+        """The lowest hopeless index, or `top` if there is none."""
+        low, high, stride = -1, top + 1, 1
+        k = min(max(start, 0), top)
+        while high - low > 1:
+            if self._all_hopeless(k):
+                high = k
+            else:
+                low = k
+            if low < 0:
+                k = max(high - stride, 0)
+            elif high > top:
+                k = min(low + stride, top)
+            else:
+                k = (low + high) // 2
+            stride = min(stride * 2, FAR)
+        return min(high, top)
+
+    def _all_hopeless(self, k: int) -> bool:
+        return all(self.hopeless(self.attempt(k)) for _ in range(2))

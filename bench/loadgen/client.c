@@ -26,7 +26,8 @@ static const char REQUEST[] =                /* one record with the login frame,
     "GET /derp HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: Go-http-client/1.1\r\n"
     "Connection: Upgrade\r\nDerp-Fast-Start: 1\r\nUpgrade: DERP\r\n\r\n";
 
-enum { IN_SIZE = 256 << 10, PLAIN_SIZE = 1 << 20, OUT_SIZE = 1 << 20, MAX_FRAME = 128 << 10 };
+/* A turn of the event loop stays well below a millisecond, so that the schedule of the senders is kept. */
+enum { IN_SIZE = 64 << 10, EVENTS_PER_TURN = 8, PLAIN_SIZE = 1 << 20, OUT_SIZE = 1 << 20, MAX_FRAME = 128 << 10 };
 
 struct clients clients;
 
@@ -289,8 +290,8 @@ static void on_connected(struct client *c) {
 }
 
 bool clients_poll(int timeout_ms) {
-    struct epoll_event events[64];
-    int n = epoll_wait(net.epoll, events, 64, timeout_ms);
+    struct epoll_event events[EVENTS_PER_TURN];
+    int n = epoll_wait(net.epoll, events, EVENTS_PER_TURN, timeout_ms);
     for (int i = 0; i < n; i++) {
         struct client *c = &clients.at[events[i].data.u32];
         if (c->state == TCP_CONNECTING) {

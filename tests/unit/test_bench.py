@@ -19,7 +19,7 @@ from bench import generator, machine, relays, report
 from bench.errors import BenchError
 from bench.generator import Paced, PingPong, Shape
 from bench.scenarios import full, pairs, quick
-from bench.search import Lattice, highest
+from bench.search import Lattice, Search
 from derper import certs
 
 SERVER_KEY = bytes(range(32))
@@ -32,10 +32,16 @@ RECV_PACKET = 5
 @pytest.mark.parametrize("limit", [-1, 0, 1, 17, 98, 99, 200])
 @pytest.mark.parametrize("start", [0, 17, 50, 99, 1000])
 def test_search_finds_the_highest_passing_index(limit: int, start: int) -> None:
-    found = highest(99, start, lambda k: k, lambda k: k <= limit)
+    search = Search(lambda k: k, passes=lambda k: k <= limit, hopeless=lambda k: k > limit + 3)
+    found = search.highest(99, start)
     assert found.best == (None if limit < 0 else min(limit, 99))
     assert found.passed == found.best
     assert found.failed == (None if limit >= 99 else max(limit + 1, 0))
+
+
+def test_search_is_not_stopped_by_a_bad_spot_below_the_ceiling() -> None:
+    search = Search(lambda k: k, passes=lambda k: k <= 40 and k not in (20, 21, 22), hopeless=lambda k: k > 45)
+    assert [search.highest(99, start).best for start in range(0, 99, 7)] == [40] * 15
 
 
 def test_search_forgives_an_attempt_that_was_disturbed() -> None:
@@ -45,12 +51,14 @@ def test_search_forgives_an_attempt_that_was_disturbed() -> None:
         attempts.append(k)
         return k if attempts.count(k) > 1 else 1000
 
-    assert highest(99, 10, attempt, lambda k: k <= 40, tries=2).best == 40
+    search = Search(attempt, passes=lambda k: k <= 40, hopeless=lambda k: k > 40, tries=2)
+    assert search.highest(99, 10).best == 40
 
 
 def test_search_reports_the_attempt_that_passed_not_the_one_before() -> None:
-    answers = iter([7.0, 0.5, 9.0, 9.0])
-    found = highest(1, 0, lambda k: next(answers), lambda loss: loss < 1, tries=2)
+    answers = {1: iter([9.0, 9.0, 9.0]), 0: iter([2.0, 3.0, 0.5])}
+    search = Search(lambda k: next(answers[k]), passes=lambda loss: loss < 1, hopeless=lambda loss: loss > 5)
+    found = search.highest(1, 0)
     assert (found.best, found.passed, found.failed) == (0, 0.5, 9.0)
 
 
