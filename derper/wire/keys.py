@@ -98,7 +98,7 @@ class NodePrivate:
         """Read stock derper's key file, ``{"PrivateKey": "privkey:<64 hex>"}`` (cmd/derper/derper.go, config)."""
         try:
             config = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):  # RecursionError: deeply nested brackets
             raise KeyFormatError('it must be JSON of the form {"PrivateKey": "privkey:<64 hex digits>"}') from None
         value = config.get("PrivateKey") if isinstance(config, dict) else None
         if not isinstance(value, str):
@@ -117,8 +117,11 @@ class NodePrivate:
         return f"<private key of {self.public.short()}>"
 
     def seal_to(self, peer: bytes, message: bytes) -> bytes:
-        """24-byte random nonce + box (types/key SealTo)."""
-        return bytes(Box(self._key, PublicKey(bytes(peer))).encrypt(message))
+        """24-byte random nonce + box (types/key SealTo).  Raises `ProtocolError` if `peer` is no usable key."""
+        try:
+            return bytes(Box(self._key, PublicKey(bytes(peer))).encrypt(message))
+        except CryptoError:  # a point of low order, such as all zeros
+            raise ProtocolError("cannot seal a message: the peer's public key is weak") from None
 
     def open_from(self, peer: bytes, sealed: bytes) -> bytes:
         """The message inside ``nonce + box``.  Raises `ProtocolError` if it was not sealed by `peer` for this key."""

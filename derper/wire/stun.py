@@ -88,8 +88,11 @@ def parse_response(packet: bytes) -> tuple[bytes, tuple[str, int]]:
     if packet[:2] != _BINDING_SUCCESS:
         raise ProtocolError("not a STUN success response")
     tx_id = packet[8 : _HEADER.size]
+    end = _HEADER.size + int.from_bytes(packet[2:4], "big")
+    if len(packet) < end:
+        raise ProtocolError("malformed STUN attributes")
     plain: tuple[str, int] | None = None
-    for kind, value in _attributes(packet):
+    for kind, value in _attributes(packet[:end]):
         if kind in (_XOR_MAPPED_ADDRESS, _XOR_MAPPED_ADDRESS_ALT):
             return tx_id, _address(value, _COOKIE + tx_id)
         if kind == _MAPPED_ADDRESS:

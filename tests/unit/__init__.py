@@ -1,0 +1,1 @@
+"""Tests without Go, root or a network beyond 127.0.0.1."""
