@@ -112,4 +112,5 @@ def settings() -> kopf.OperatorSettings:
     found.peering.standalone = True
     found.process.ultimate_exiting_timeout = None
     logging.getLogger("kopf").setLevel(logging.WARNING)
+    logging.getLogger("kopf._core.reactor.running").setLevel(logging.ERROR)  # signals are not its business here
     return found

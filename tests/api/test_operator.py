@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from derp_operator import names
@@ -112,7 +113,7 @@ async def test_edited_children_are_repaired_and_foreign_fields_stay(berlin: Worl
     await berlin.create()
     await berlin.settle()
     kube, space = berlin.kube, berlin.namespace
-    edits = {
+    edits: dict[tuple[str, str], dict[str, Any]] = {
         ("Service", "berlin-0"): {"spec": {"publishNotReadyAddresses": False}},
         ("PodDisruptionBudget", "berlin"): {"spec": {"maxUnavailable": 3}},
         ("ConfigMap", "berlin-settings"): {"data": {"settings.json": "{}", "mine": "kept"}},

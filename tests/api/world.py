@@ -65,11 +65,16 @@ class World:
 
     async def create(self, **spec: Any) -> Object:
         """The region, as a user would apply it."""
-        return await self.kube.create(self._region(spec))
+        return await self.kube.create(self.manifest(spec))
 
     async def change(self, **spec: Any) -> None:
         """Change fields of the spec; None removes one."""
         await self.kube.merge(names.KIND, self.namespace, self.name, {"spec": spec})
+
+    async def replace(self, **spec: Any) -> None:
+        """Replace the whole spec."""
+        old = await self.region()
+        await self.kube.replace(old | {"spec": self.manifest(spec)["spec"]})
 
     async def settle(self) -> Object:
         """Reconcile and play pods until a pass writes nothing; returns the region."""
@@ -177,7 +182,8 @@ class World:
         found = await self.kube.list("Event", self.namespace, {})
         return [(item["type"], item["reason"]) for item in found]
 
-    def _region(self, spec: Mapping[str, Any]) -> Object:
+    def manifest(self, spec: Mapping[str, Any]) -> Object:
+        """The region with fields of its spec replaced; None leaves one out."""
         whole = {"regionID": 900, "clients": {"open": True}, "exposure": {"type": "NodePort"}, **spec}
         return {
             "apiVersion": f"{names.GROUP}/{names.VERSION}",
@@ -240,7 +246,7 @@ class Recorder:
 @asynccontextmanager
 async def world(api: ControlPlane) -> AsyncIterator[World]:
     """A fresh namespace.  Nothing removes it: without controllers that would not end."""
-    kube = Kube(lambda: _login(api))
+    kube = Kube(lambda: connection(api))
     namespace = f"test-{next(_numbers)}"
     try:
         await kube._request("POST", "api/v1/namespaces", {}, {"metadata": {"name": namespace}})
@@ -250,7 +256,8 @@ async def world(api: ControlPlane) -> AsyncIterator[World]:
         await asyncio.sleep(0)  # let the transports close
 
 
-def _login(api: ControlPlane) -> kopf.ConnectionInfo:
+def connection(api: ControlPlane) -> kopf.ConnectionInfo:
+    """The administrator's credentials."""
     with _environment(KUBECONFIG=str(api.kubeconfig)):
         found = kopf.login_with_kubeconfig(settings=kopf.OperatorSettings())
     assert found
