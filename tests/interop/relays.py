@@ -43,9 +43,9 @@ class RelayOptions:
     certificate: Certificate | None = None
     host_name: str | None = None
     """Which name clients ask for; the default is the address."""
+    private_key: str | None = None
+    """The server key, `privkey:<hex>`; the default is that the relay makes one."""
     mesh_key: str | None = None
-    mesh_with: Sequence[str] = ()
-    """Entries `host:port/dial-address` of stock's -mesh-with flag."""
     flags: Sequence[str] = ()
     env: Mapping[str, str] = field(default_factory=dict)
 
@@ -68,15 +68,22 @@ class Relay(Child):
             self.workdir.joinpath(f"{self.host_name}.key").write_text(self.options.certificate.key)
         if self.options.mesh_key is not None:
             self.workdir.joinpath("mesh.key").write_text(self.options.mesh_key)
+        if self.options.private_key is not None:
+            self.workdir.joinpath("derper.key").write_text(json.dumps({"PrivateKey": self.options.private_key}))
 
     def _flags(self) -> list[str]:
-        flags = [f"-a={self.address}:{DERP_PORT}", f"-stun-port={STUN_PORT}", "-http-port=-1", "-certmode=manual"]
-        flags += [f"-certdir={self.workdir}", f"-hostname={self.host_name}", f"-c={self.workdir / 'derper.key'}"]
+        flags = [f"-a={self.address}:{DERP_PORT}", f"-stun-port={STUN_PORT}", "-http-port=-1"]
+        flags.append(f"-c={self.workdir / 'derper.key'}")
         if self.options.mesh_key is not None:
             flags.append(f"-mesh-psk-file={self.workdir / 'mesh.key'}")
-        if self.options.mesh_with:
-            flags.append(f"-mesh-with={','.join(self.options.mesh_with)}")
-        return [*flags, *self.options.flags]
+        return [*flags, *self._certificate_flags(), *self.options.flags]
+
+    def _certificate_flags(self) -> list[str]:
+        return ["-certmode=manual", f"-certdir={self.workdir}", f"-hostname={self.host_name}"]
+
+    def mesh_with(self, others: Iterable[Relay]) -> None:
+        """Mesh by flag, as stock derper does; to be called before the start. Stock verifies the others by name."""
+        self.argv.append(f"-mesh-with={','.join(f'{o.host_name}:{DERP_PORT}/{o.address}' for o in others)}")
 
     async def start(self) -> None:
         await super().start()
@@ -95,13 +102,8 @@ class Relay(Child):
         return f"https://{self.host_name}:{DERP_PORT}/derp"
 
     @property
-    def mesh_entry(self) -> str:
-        """How another relay's -mesh-with names this one."""
-        return f"{self.host_name}:{DERP_PORT}/{self.address}"
-
-    @property
     def key(self) -> str:
-        """The public key, derived from the key file that the relay made."""
+        """The public key, derived from the key file."""
         private = json.loads((self.workdir / "derper.key").read_text())["PrivateKey"].removeprefix("privkey:")
         return f"nodekey:{PrivateKey(bytes.fromhex(private)).public_key.encode().hex()}"
 

@@ -60,10 +60,9 @@ async def test_stun_and_netcheck(stock: StockDerper, clients: GoClients) -> None
 
 
 async def test_mesh_of_two(
-    peers: Peers, addresses: Iterator[str], authority: Authority, tmp_path: Path, clients: GoClients
+    peers: Peers, addresses: Iterator[str], authority: Authority, ca_file: Path, tmp_path: Path, clients: GoClients
 ) -> None:
     mesh_key = secrets.token_hex(32)
-    (tmp_path / "ca.pem").write_text(authority.pem)
     one, two = (
         StockDerper(
             peers.derper,
@@ -73,13 +72,13 @@ async def test_mesh_of_two(
                 certificate=authority.issue(f"{name}.test"),
                 host_name=f"{name}.test",
                 mesh_key=mesh_key,
-                env={"SSL_CERT_FILE": str(tmp_path / "ca.pem")},
+                env={"SSL_CERT_FILE": str(ca_file)},
             ),
         )
         for name in ("one", "two")
     )
-    one.argv.append(f"-mesh-with={two.mesh_entry}")
-    two.argv.append(f"-mesh-with={one.mesh_entry}")
+    one.mesh_with([two])
+    two.mesh_with([one])
     async with one, two:
         region = derp_map([one.node("900a"), two.node("900b")])
         watcher = await clients.dial(map=region, region=900, node="900b", mesh_key=mesh_key, watch=True)
