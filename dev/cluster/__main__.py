@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from pathlib import Path
 
-from dev.cluster import binaries, images, state
+from dev.cluster import prepare, state
 from dev.cluster.lifecycle import Cluster
 from dev.cluster.state import Paths
 from dev.cluster.steps import ClusterError, Steps, UnsupportedError
@@ -44,39 +43,11 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def check_machine() -> None:
-    """Raise UnsupportedError unless this is Linux, we are root, and what is missing can be installed."""
-    lacking = []
-    if sys.platform != "linux":
-        lacking.append("Linux")
-    elif os.geteuid() != 0:
-        lacking.append("root")
-    if binaries.missing_packages(binaries.PACKAGES) and not shutil.which("apt-get"):
-        lacking.append("apt-get, or the commands " + ", ".join(sorted(binaries.PACKAGES)))
-    if lacking:
-        raise UnsupportedError(
-            f"the embedded cluster needs {' and '.join(lacking)}, which this machine or user lacks; "
-            "`make region` runs a region of three relays without a cluster"
-        )
-
-
-def build(paths: Paths, steps: Steps) -> None:
-    if packages := binaries.missing_packages(binaries.PACKAGES):
-        binaries.install_packages(packages, paths, steps)
-    binaries.build(paths, steps)
-
-
-def build_images(paths: Paths, steps: Steps) -> list[Path]:
-    if packages := binaries.missing_packages(images.PACKAGES):
-        binaries.install_packages(packages, paths, steps)
-    return images.Images(state.repository(), paths, steps).build()
-
-
 def execute(arguments: argparse.Namespace, paths: Paths, steps: Steps) -> int:
     if arguments.command == "kubeconfig":
         print(paths.kubeconfig)
         return 0
-    check_machine()
+    prepare.check_machine()
     cluster = Cluster(paths, steps)
     if arguments.command == "status":
         print("\n".join(cluster.status()))
@@ -88,7 +59,7 @@ def execute(arguments: argparse.Namespace, paths: Paths, steps: Steps) -> int:
     with state.lock():
         match arguments.command:
             case "up":
-                build(paths, steps)
+                prepare.build_binaries(paths, steps)
                 cluster.up(arguments.nodes, dns_cache_seconds=arguments.dns_cache)
                 steps.say(f"ready: export KUBECONFIG={paths.kubeconfig}")
             case "down":
@@ -96,16 +67,16 @@ def execute(arguments: argparse.Namespace, paths: Paths, steps: Steps) -> int:
                     cluster.down()
                 steps.say("done")
             case "build":
-                build(paths, steps)
+                prepare.build_binaries(paths, steps)
             case "images":
-                archives = build_images(paths, steps)
-                print("\n".join(map(str, archives)))
+                names = prepare.build_images(paths, steps)
+                print("\n".join(names))
                 if cluster.exists():
                     with steps("load the images into the nodes"):
-                        cluster.load(archives)
+                        cluster.load(names)
             case "load-image":
                 with steps(f"load {', '.join(file.name for file in arguments.archives)} into the nodes"):
-                    cluster.load(arguments.archives)
+                    cluster.load_archives(arguments.archives)
             case "node-kill":
                 cluster.kill_node(arguments.name)
             case "node-start":

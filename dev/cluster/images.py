@@ -1,4 +1,4 @@
-"""The project's images, built from its Containerfile without a registry, as archives that containerd can load.
+"""The project's images, built from its Containerfile without a registry, as blobs that containerd can take.
 
 The base image, for users a public one, is made here of Debian packages. Everything is kept by content: nothing is
 built again that has not changed.
@@ -11,7 +11,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from dev.cluster import wheels
+from dev.cluster import layout, wheels
+from dev.cluster.layout import Image
 from dev.cluster.state import Paths
 from dev.cluster.steps import Steps, output, run
 
@@ -23,9 +24,9 @@ BASE_PACKAGES = "python3,python3-venv,ca-certificates"
 BASE_NEEDLESS = ("usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "var/lib/apt", "var/cache/apt")
 
 
-def tag(target: str) -> str:
+def tag(target: str, version: str = "dev") -> str:
     """The name under which clusters know the image."""
-    return f"localhost/{target}:dev"
+    return f"localhost/{target}:{version}"
 
 
 class Images:
@@ -36,42 +37,47 @@ class Images:
         self._paths = paths
         self._steps = steps
 
-    def build(self) -> list[Path]:
-        """One archive for each target; unchanged ones are the same files as before."""
-        context = self._paths.images / "context"
-        key = self._fill(context)
-        archives = [self._paths.images / f"{target}-{key}.tar" for target in TARGETS]
-        for target, archive in zip(TARGETS, archives, strict=True):
-            if not archive.exists():
-                self._build(target, archive, context)
-        return archives
+    def build(self) -> dict[str, Image]:
+        """Build what has changed. Returns the images by name: `:dev`, and a tag that changes with the content."""
+        context, key = self.context()
+        names: dict[str, Image] = {}
+        for target in TARGETS:
+            directory = self._paths.images / "built" / f"{target}-{key}"
+            if not directory.exists():
+                self._build(target, directory, context)
+            image = layout.read(directory)
+            names |= {tag(target): image, tag(target, key): image}
+        return names
 
-    def _fill(self, context: Path) -> str:
-        """Lay out the build context and return the digest of all that goes into the images."""
-        sources = {
-            "relay": wheels.dependencies([], self._repository, self._paths, self._steps),
-            "operator": wheels.dependencies(["operator"], self._repository, self._paths, self._steps),
-            "project": wheels.project(self._repository, self._paths, self._steps),
-        }
+    def context(self) -> tuple[Path, str]:
+        """Lay out the build context; returns it with a digest of all that goes into the images."""
+        context = self._paths.images / "context"
+        relay = wheels.dependencies([], self._repository, self._paths, self._steps)
+        both = wheels.dependencies(["operator"], self._repository, self._paths, self._steps)
+        project = wheels.project(self._repository, self._paths, self._steps)
         shutil.rmtree(context, ignore_errors=True)
-        for name, source in sources.items():
-            shutil.copytree(source, context / "wheels" / name)
+        shutil.copytree(relay, context / "wheels" / "relay")
+        shutil.copytree(project, context / "wheels" / "project")
+        (context / "wheels" / "operator").mkdir()
+        for wheel in both.iterdir():
+            if not (relay / wheel.name).exists():
+                shutil.copy2(wheel, context / "wheels" / "operator")
         recipe = (self._repository / "Containerfile").read_bytes()
         (context / "Containerfile").write_bytes(recipe)
-        names = " ".join([_base_key(), *(source.name for source in sources.values())])
-        return hashlib.sha256(recipe + names.encode()).hexdigest()[:16]
+        names = " ".join([_base_key(), relay.name, both.name, project.name])
+        return context, hashlib.sha256(recipe + names.encode()).hexdigest()[:12]
 
-    def _build(self, target: str, archive: Path, context: Path) -> None:
+    def _build(self, target: str, directory: Path, context: Path) -> None:
         base = self._base()
-        for stale in archive.parent.glob(f"{target}-{'?' * 16}.tar"):
-            stale.unlink()
+        part = directory.with_name(f".{directory.name}.part")
+        directory.parent.mkdir(parents=True, exist_ok=True)
         with self._steps(f"build the image {tag(target)}"):
             options = ["--layers", "--pull-never", f"--build-arg=BASE={base}", f"--target={target}"]
             self._buildah(["bud", "--isolation=chroot", *options, f"--tag={tag(target)}", context], target)
-            part = archive.with_suffix(".part")
-            part.unlink(missing_ok=True)
-            self._buildah(["push", tag(target), f"docker-archive:{part}:{tag(target)}"], f"{target}-push")
-            part.rename(archive)
+            for stale in [part, *directory.parent.glob(f"{target}-{'?' * 12}")]:
+                shutil.rmtree(stale, ignore_errors=True)
+            self._buildah(["push", tag(target), f"dir:{part}"], f"{target}-push")
+            part.rename(directory)
 
     def _base(self) -> str:
         """The base image's name; it is made of Debian packages if it is not there yet."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 from dev.cluster import addons, archive, cgroups, config, controlplane, network, node, processes
 from dev.cluster.api import Api
 from dev.cluster.binaries import COREDNS, ETCD, KUBERNETES, PAUSE
+from dev.cluster.layout import Image
 from dev.cluster.network import Node
 from dev.cluster.state import Paths
 from dev.cluster.steps import ClusterError, Steps, wait_for
@@ -95,7 +96,7 @@ class Cluster:
             api = controlplane.start(paths, kubernetes, ETCD.directory(paths))
         self._start_nodes(wanted)
         with self._steps("load the images for pods and DNS, start DNS"):
-            self._load(self._own_images(), wanted)
+            self.load_archives(self._own_images())
             addons.apply(kubernetes / "kubectl", paths.kubeconfig, addons.coredns(COREDNS_IMAGE, dns_cache_seconds))
         self._await_nodes(wanted, since)
         with self._steps("wait for DNS"):
@@ -103,8 +104,8 @@ class Cluster:
         self._finished.touch()
 
     def _start_nodes(self, wanted: Sequence[Node]) -> None:
-        with self._steps(f"start {', '.join(each.name for each in wanted)}"), ThreadPoolExecutor() as pool:
-            list(pool.map(lambda each: node.start(each, self._paths.node(each.name)), wanted))
+        with self._steps(f"start {', '.join(each.name for each in wanted)}"):
+            self._at_once(lambda each: node.start(each, self._paths.node(each.name)), wanted)
         self._route_services()
 
     def _await_nodes(self, wanted: Sequence[Node], since: datetime) -> None:
@@ -118,7 +119,7 @@ class Cluster:
                 )
 
     def _route_services(self) -> None:
-        if alive := [each for each in self.nodes() if node.find_init(each)]:
+        if alive := self._alive():
             network.route_services(alive[0])
 
     def _own_images(self) -> list[Path]:
@@ -133,19 +134,23 @@ class Cluster:
             made.append(target)
         return made
 
-    def load(self, archives: Sequence[Path]) -> None:
+    def load_archives(self, archives: Sequence[Path]) -> None:
         """Give every living node the images in these docker archives."""
-        self._load(archives, [each for each in self.nodes() if node.find_init(each)])
-
-    def _load(self, archives: Sequence[Path], wanted: Sequence[Node]) -> None:
-        def load(each: Node) -> None:
-            node.import_images(each, files, self._paths.node(each.name))
-
         files = [file.absolute() for file in archives]
         if missing := [str(file) for file in files if not file.is_file()]:
             raise ClusterError(f"there is no file {missing[0]}")
+        self._at_once(lambda each: node.import_archives(each, files), self._alive())
+
+    def load(self, names: Mapping[str, Image]) -> None:
+        """Give every living node these images."""
+        self._at_once(lambda each: node.import_images(each, names, self._paths.node(each.name)), self._alive())
+
+    def _alive(self) -> list[Node]:
+        return [each for each in self.nodes() if node.find_init(each)]
+
+    def _at_once(self, action: Callable[[Node], None], wanted: Sequence[Node]) -> None:
         with ThreadPoolExecutor() as pool:
-            list(pool.map(load, wanted))
+            list(pool.map(action, wanted))
 
     def kill_node(self, name: str) -> None:
         """Lose a node as a power cut would."""

@@ -10,10 +10,13 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from dev.cluster import cgroups, config, network, node_init, processes
+from dev.cluster import cgroups, config, layout, network, node_init, processes
+from dev.cluster.layout import Image
 from dev.cluster.network import Node
 from dev.cluster.pki import Authority, kubeconfig
 from dev.cluster.steps import ClusterError, output, wait_for
@@ -132,17 +135,30 @@ def cut_cable(node: Node) -> None:
         output(["ip", "link", "delete", node.link])
 
 
-def import_images(node: Node, archives: Sequence[Path], directory: Path) -> None:
-    """Give the node's containerd the images in these docker archives, unless it got the very same files before."""
+def import_archives(node: Node, archives: Sequence[Path]) -> None:
+    """Give the node's containerd the images in these docker archives."""
+    for archive in archives:
+        output([*_ctr_import(node), archive])
+
+
+def import_images(node: Node, names: Mapping[str, Image], directory: Path) -> None:
+    """Give the node's containerd the images under these names, sending only the blobs that it lacks."""
+    record = directory / "loaded.json"
+    loaded: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {"names": {}, "blobs": []}
+    digests = {name: image.digest for name, image in names.items()}
+    if digests.items() <= loaded["names"].items():
+        return
+    with tempfile.TemporaryFile(dir=directory) as archive:
+        layout.write(archive, names, present=loaded["blobs"])
+        archive.seek(0)
+        output([*_ctr_import(node), "-"], stdin=archive)
+    blobs = {*loaded["blobs"], *(digest for image in names.values() for digest in image.blobs)}
+    record.write_text(json.dumps({"names": loaded["names"] | digests, "blobs": sorted(blobs)}))
+
+
+def _ctr_import(node: Node) -> list[str]:
     init = find_init(node)
     if init is None:
         raise ClusterError(f"{node.name} is not running; start it with `python -m dev.cluster node-start {node.name}`")
     socket = f"/proc/{init.pid}/root{config.CONTAINERD_SOCKET}"
-    record = directory / "loaded.json"
-    loaded: dict[str, list[int]] = json.loads(record.read_text()) if record.exists() else {}
-    for archive in archives:
-        identity = [archive.stat().st_size, archive.stat().st_mtime_ns]
-        if loaded.get(str(archive)) != identity:
-            output(["ctr", "--address", socket, "--namespace", "k8s.io", "images", "import", archive])
-            loaded[str(archive)] = identity
-    record.write_text(json.dumps(loaded))
+    return ["ctr", "--address", socket, "--namespace", "k8s.io", "images", "import"]

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import IO, TextIO, TypeVar
 
 HEARTBEAT_SECONDS = 15.0
 POLL_SECONDS = 0.05
@@ -66,9 +66,12 @@ def run(
         raise ClusterError(f"{Path(argv[0]).name} failed with status {done.returncode}; the end of {log} says:\n{tail}")
 
 
-def output(argv: Sequence[str | Path], *, stdin: str = "") -> str:
+def output(argv: Sequence[str | Path], *, stdin: str | IO[bytes] = "") -> str:
     """Run a short command and return what it prints; raises ClusterError with its complaint."""
-    done = subprocess.run(argv, input=stdin, capture_output=True, text=True)
+    if isinstance(stdin, str):
+        done = subprocess.run(argv, input=stdin, capture_output=True, text=True)
+    else:
+        done = subprocess.run(argv, stdin=stdin, capture_output=True, text=True)
     if done.returncode:
         raise ClusterError(f"`{' '.join(map(str, argv))}` failed: {(done.stderr or done.stdout).strip()}")
     return done.stdout
