@@ -1,12 +1,11 @@
 """What a relay reads from disk, and reads again when it changes.
 
 `Watched` is one value that comes from files.  A broken new version never replaces a good one: the old value
-stays in force, the problem is logged once, and shows in the readiness detail and in the metrics.
+stays in force, and the problem shows in the readiness detail and in the metrics.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -32,8 +31,6 @@ __all__ = [
     "read_file",
     "read_text",
 ]
-
-log = logging.getLogger("derper")
 
 _T = TypeVar("_T")
 
@@ -62,7 +59,7 @@ class Watched(Generic[_T]):
         self.failures = 0
 
     def poll(self) -> bool:
-        """Look whether the files changed, and load them if so; true if a new value is in force."""
+        """Look whether the files changed, and load them if so; true if they did: see `problem` for how it went."""
         seen = [_signature(path) for path in self._paths()]
         if seen == self._seen:
             return False
@@ -72,12 +69,7 @@ class Watched(Generic[_T]):
         except (FileError, CertificateError, SettingsError, KeyListError, KeyFormatError, OSError) as error:
             self.failures += 1
             self.problem = f"{self.what}: {_sentence(error)}"
-            log.warning(
-                "%s; %s", self.problem.rstrip("."), "the old one stays in force" if self.loads else "waiting for it"
-            )
-            return False
-        if self.loads:
-            log.info("%s: reloaded", self.what)
+            return True
         self.loads += 1
         self.problem = None
         return True

@@ -6,10 +6,14 @@ must find their names.
 
 from __future__ import annotations
 
-import time
+import os
+import resource
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from . import __version__
 
 if TYPE_CHECKING:
     from .server import Relay
@@ -83,7 +87,18 @@ def collect(relay: Relay) -> Iterator[Metric]:
             "gauge",
             [({"name": ",".join(item.names)}, item.not_after.timestamp()) for item in relay.tls.certificates],
         )
-    yield gauge("process_unix_time", time.time())
+    yield from _process()
+
+
+def _process() -> Iterator[Metric]:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    yield counter("process_cpu_seconds_total", usage.ru_utime + usage.ru_stime)
+    yield Metric("version", "gauge", [({"version": __version__}, 1.0)])
+    proc = Path("/proc/self")
+    if proc.exists():
+        pages = int((proc / "statm").read_text().split()[1])
+        yield gauge("process_resident_memory_bytes", pages * resource.getpagesize())
+        yield gauge("derp_current_file_descriptors", len(os.listdir(proc / "fd")))
 
 
 def _derp(relay: Relay) -> Iterator[Metric]:

@@ -287,10 +287,14 @@ class Relay:
             "serverKey": str(self.hub.private_key.public) if self.hub else None,
             "certificates": self._certificate_status(),
             "mesh": self._mesh_status(),
-            "clients": len(self.hub.router.active) if self.hub else 0,
+            "clients": self._clients(),
             "settings": self.state.settings.digest if self.state.settings else None,
             "version": __version__,
         }
+
+    def _clients(self) -> int:
+        sessions = self.hub.router.active.values() if self.hub is not None else ()
+        return sum(not session.can_mesh for session in sessions)
 
     def _certificate_status(self) -> list[dict[str, Any]]:
         served = self.tls.certificates if self.tls is not None else ()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -25,6 +26,8 @@ from .settings import Settings, parse_settings
 from .wire.keys import NodePrivate
 
 __all__ = ["RelayState"]
+
+log = logging.getLogger("derper")
 
 
 class RelayState:
@@ -57,12 +60,25 @@ class RelayState:
                 files.make_ip_certificate(self._flag_stem(), self.config.hostname, self._now())
         for watched in self.watched:
             watched.poll()
-            if watched.problem is not None and not self.config.settings:
-                raise FileError(watched.problem)
+            if watched.problem is not None:
+                if not self.config.settings:
+                    raise FileError(watched.problem)
+                log.warning("%s; waiting for it", watched.problem)
 
     def poll(self) -> list[str]:
-        """Read what changed; the names of what is new."""
-        return [watched.what for watched in self.watched if watched.poll()]
+        """Read what changed; the names of what is new.  Each problem is logged once."""
+        new = []
+        for watched in self.watched:
+            if not watched.poll():
+                continue
+            if watched.problem is None:
+                new.append(watched.what)
+                log.info("%s: read", watched.what)
+            else:
+                log.warning(
+                    "%s; %s", watched.problem, "the old one stays in force" if watched.loads else "waiting for it"
+                )
+        return new
 
     @property
     def problems(self) -> list[str]:
@@ -150,7 +166,16 @@ class RelayState:
         return [Path(stem + suffix) for stem in self._stems() for suffix in (".crt", ".key")]
 
     def _read_pairs(self) -> tuple[CertificatePair, ...]:
-        pairs = files.load_pairs(self._stems())
+        try:
+            pairs = files.load_pairs(self._stems())
+        except CertificateError as error:
+            if self.config.settings or self._pair_paths()[0].exists():
+                raise
+            host = self.config.hostname
+            raise FileError(
+                f"there is none for {host}: put {host}.crt and {host}.key into -certdir {self.config.cert_dir},"
+                " or use an IP address as -hostname, for which a self-signed one is made"
+            ) from error
         now = self._now()
         for stem, pair in zip(self._stems(), pairs, strict=True):
             name = "" if self.config.settings else self.config.hostname

@@ -171,7 +171,8 @@ class Link(asyncio.BufferedProtocol):
 
     def _resume_reading(self) -> None:
         self._resume_timer = None
-        self._transport.resume_reading()
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
 
     # -- the login -----------------------------------------------------------------------------------------
 

@@ -128,7 +128,7 @@ class Mesh:
 
     def status(self) -> dict[str, PeerStatus]:
         """The state of every link."""
-        return {name: dialer.status for name, dialer in self._dialers.items()}
+        return {name: dialer.status for name, dialer in self._dialers.items() if not dialer.is_self}
 
     async def stop(self) -> None:
         """End all links."""
@@ -145,6 +145,7 @@ class _Dialer:
     def __init__(self, hub: Hub, peer: Peer, rng: random.Random) -> None:
         self.peer = peer
         self.status = PeerStatus()
+        self.is_self = False  # -mesh-with may name the relay itself
         self._hub = hub
         self._rng = rng
         self._wake = asyncio.Event()
@@ -173,7 +174,8 @@ class _Dialer:
             else:
                 retry = _FIRST_RETRY
                 if client.server_key == self._hub.private_key.public:
-                    self._note(f"{self.peer.endpoint} is this relay itself")
+                    log.info("mesh: %s is this relay itself; not meshing with it", self.peer.name)
+                    self.is_self = True
                     await client.close()
                     return
                 await self._serve(client)
