@@ -1,4 +1,4 @@
-"""The event loops of the unit tests: asyncio's own, and uvloop too where a test is marked `both_loops`."""
+"""The unit tests' event loops (asyncio's own, and uvloop too where a test is marked `both_loops`) and hypothesis."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import uvloop
+from hypothesis import HealthCheck, settings
+
+# A busy machine is no failure.
+settings.register_profile("unit", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unit")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -171,7 +171,7 @@ def test_server_info_round_trips(info: ServerInfo) -> None:
 JSON: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=10,
+    max_leaves=4,
 )
 FIELDS = st.sampled_from(
     ["meshKey", "version", "CanAckPings", "IsProber", "AppName", "TokenBucketBytesPerSecond", "TokenBucketBytesBurst"]
