@@ -1,0 +1,188 @@
+"""Manifests: what may roll the pods, what protects them, and that the same input gives the same bytes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from derp_operator.render import config_hash, identities
+from derp_operator.render.statefulset import ARGS
+
+from .operatorkit import find, manifests, region, resource
+
+Spec = dict[str, Any]
+
+BASE: Spec = {"exposure": {"type": "NodePort"}}
+# What reaches running relays through files, Services or the map must leave their pods alone ..
+KEEPS: list[Spec] = [
+    {"replicas": 5},
+    {"replicas": 64},
+    {"regionCode": "ber", "regionName": "Berlin"},
+    {"exposure": {"type": "ClusterIP"}},
+    {"exposure": {"type": "LoadBalancer", "loadBalancer": {"derpPort": 8443, "sourceRanges": ["192.0.2.0/24"]}}},
+    {"exposure": {"type": "NodePort", "nodePort": {"derpPortBase": 30443, "stunPortBase": 30478}}},
+    {"tls": {"hostName": "Address"}},
+    {"clients": {"verifyURLs": ["https://headscale.example.com/verify"], "failOpen": True}},
+    {"limits": {"acceptConnectionsPerSecond": 10, "clientBytesPerSecond": 1}},
+    {"map": {"latitude": 1.0, "longitude": 2.0, "noMeasureNoHome": True}},
+]
+# .. and these are in the pods themselves.
+ROLLS: list[Spec] = [
+    {"image": "derper:2"},
+    {"imagePullPolicy": "Always"},
+    {"imagePullSecrets": [{"name": "pull"}]},
+    {"exposure": {"type": "HostPort"}},
+    {"tls": {"hostName": "Template", "hostNameTemplate": "{pod}.example.com", "certificates": [{"secretName": "a"}]}},
+    {"clients": {"keysFrom": {"configMapKeyRef": {"name": "clients", "key": "keys"}}}},
+    {"pod": {"resources": {"limits": {"memory": "1Gi"}}}},
+    {"pod": {"nodeSelector": {"a": "b"}}},
+    {"pod": {"tolerations": [{"operator": "Exists"}]}},
+    {"pod": {"priorityClassName": "high"}},
+    {"pod": {"annotations": {"a": "b"}}},
+    {"pod": {"labels": {"a": "b"}}},
+    {"pod": {"affinity": {"nodeAffinity": {}}}},
+]
+
+
+def template(**spec: Any) -> Any:
+    return find(manifests(region(**(BASE | spec))), "StatefulSet", "berlin")["spec"]["template"]
+
+
+def container(**spec: Any) -> Any:
+    return template(**spec)["spec"]["containers"][0]
+
+
+@pytest.mark.parametrize("change", KEEPS, ids=str)
+def test_changes_that_leave_running_pods_alone(change: Spec) -> None:
+    assert template(**change) == template()
+
+
+@pytest.mark.parametrize("change", ROLLS, ids=str)
+def test_changes_that_replace_the_pods(change: Spec) -> None:
+    assert template(**change) != template()
+
+
+def test_the_matrix_names_every_field_of_the_spec() -> None:
+    known = set(resource()["spec"]) | {key for change in KEEPS + ROLLS for key in change}
+    assert known == {
+        "regionID", "regionCode", "regionName", "replicas", "image", "imagePullPolicy", "imagePullSecrets", "exposure",
+        "tls", "clients", "limits", "map", "pod",
+    }  # fmt: skip
+
+
+def test_members_and_keys_leave_the_template_alone() -> None:
+    wanted = region(**BASE)
+    more = manifests(wanted, members=(*wanted.pods, "berlin-3", "berlin-7"))
+    assert find(more, "StatefulSet", "berlin") == find(manifests(wanted), "StatefulSet", "berlin")
+
+
+def test_the_same_input_gives_the_same_bytes() -> None:
+    first, second = (json.dumps(manifests(region(replicas=12, **BASE))) for _ in range(2))
+    assert first == second
+
+
+def test_settings_are_in_the_order_of_ordinals() -> None:
+    settings = find(manifests(region(replicas=12)), "ConfigMap", "berlin-settings")["data"]["settings.json"]
+    assert list(json.loads(settings)["nodes"]) == [f"berlin-{number}" for number in range(12)]
+
+
+def test_children_are_those_that_names_are_reserved_for() -> None:
+    for exposure in ("NodePort", "HostPort"):
+        wanted = region(exposure={"type": exposure})
+        rendered = [(item["kind"], item["metadata"]["name"]) for item in manifests(wanted)]
+        reserved = identities(wanted, wanted.pods)
+        assert rendered == [item for item in reserved if item != ("ConfigMap", "berlin-derpmap")]
+
+
+def test_no_manifest_has_an_empty_value() -> None:
+    """The API server drops them, and the comparison with what it recorded would never end."""
+
+    def empty(value: object, path: str) -> list[str]:
+        if isinstance(value, dict):
+            nested = [hit for key, item in value.items() for hit in empty(item, f"{path}.{key}")]
+            return nested or ([path] if not value else [])
+        if isinstance(value, list):
+            return [hit for item in value for hit in empty(item, path + "[]")] or ([path] if not value else [])
+        return [path] if value in (None, "", 0) and value is not False else []
+
+    allowed = {".spec.ingress[].from[].namespaceSelector"}  # an empty selector means all
+    found = {hit for item in manifests(region(exposure={"type": "HostPort"})) for hit in empty(item, "")}
+    assert found <= allowed
+
+
+def test_every_child_belongs_to_the_region() -> None:
+    for item in manifests(region()):
+        meta = item["metadata"]
+        assert meta["namespace"] == "derp"
+        assert meta["labels"]["app.kubernetes.io/managed-by"] == "derp-operator"
+        assert [(owner["uid"], owner["controller"]) for owner in meta["ownerReferences"]] == [("uid-1", True)]
+
+
+def test_the_relay_starts_with_constant_arguments() -> None:
+    assert container()["args"] == list(ARGS)
+    assert container()["env"][0]["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.name"
+    assert not any("berlin" in argument for argument in ARGS)
+
+
+@pytest.mark.parametrize("exposure", ["LoadBalancer", "NodePort", "HostPort", "ClusterIP"])
+def test_pods_keep_to_the_restricted_profile(exposure: str) -> None:
+    pod = template(exposure={"type": exposure})["spec"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert pod["automountServiceAccountToken"] is False
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
+    security = pod["containers"][0]["securityContext"]
+    assert security["allowPrivilegeEscalation"] is False
+    assert security["capabilities"] == {"drop": ["ALL"]}
+    assert security["readOnlyRootFilesystem"] is True
+    assert {next(iter(volume.keys() - {"name"})) for volume in pod["volumes"]} <= {"secret", "configMap"}
+    ports = [port.get("hostPort") for port in pod["containers"][0]["ports"]]
+    assert ports == ([443, 3478, None] if exposure == "HostPort" else [None] * 3)
+
+
+def test_host_ports_need_nodes_of_their_own_and_keep_the_users_affinity() -> None:
+    term = "requiredDuringSchedulingIgnoredDuringExecution"
+    user = {"podAntiAffinity": {term: [{"topologyKey": "zone"}]}, "nodeAffinity": {term: {"nodeSelectorTerms": []}}}
+    found = template(exposure={"type": "HostPort"}, pod={"affinity": user})["spec"]["affinity"]
+    assert [item["topologyKey"] for item in found["podAntiAffinity"][term]] == ["zone", "kubernetes.io/hostname"]
+    assert found["nodeAffinity"] == user["nodeAffinity"]
+
+
+def test_services_keep_the_clients_address_and_serve_before_readiness() -> None:
+    for kind, policy in (("LoadBalancer", "Local"), ("NodePort", "Local"), ("ClusterIP", None)):
+        service = find(manifests(region(exposure={"type": kind})), "Service", "berlin-1")
+        spec = service["spec"]
+        assert spec["selector"] == {"statefulset.kubernetes.io/pod-name": "berlin-1"}
+        assert spec.get("externalTrafficPolicy") == policy
+        assert spec["publishNotReadyAddresses"] is True
+        assert [port["protocol"] for port in spec["ports"]] == ["TCP", "UDP"]
+
+
+def test_node_ports_count_up_from_their_base() -> None:
+    found = manifests(region(exposure={"type": "NodePort", "nodePort": {"derpPortBase": 30443}}))
+    ports = [find(found, "Service", f"berlin-{number}")["spec"]["ports"] for number in range(3)]
+    assert [item[0]["nodePort"] for item in ports] == [30443, 30444, 30445]
+    assert "nodePort" not in ports[0][1]
+
+
+def test_the_hash_follows_keys_and_settings_only() -> None:
+    wanted = region()
+    before = config_hash(manifests(wanted), wanted)
+    assert config_hash(manifests(wanted, image="derper:9"), wanted) == before
+    assert config_hash(manifests(wanted, members=(*wanted.pods, "berlin-3")), wanted) != before
+
+
+def test_what_users_name_may_come_later() -> None:
+    tls = {"hostName": "Template", "hostNameTemplate": "{pod}.a.example", "certificates": [{"secretName": "a.b"}]}
+    clients = {"keysFrom": {"secretKeyRef": {"name": "clients", "key": "keys"}}}
+    pod = template(tls=tls, clients=clients)["spec"]
+    mounts = {mount["mountPath"]: mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+    volumes = {volume["name"]: volume["secret"] for volume in pod["volumes"] if "secret" in volume}
+    assert volumes[mounts["/etc/derper/tls/a.b"]] == {"secretName": "a.b", "defaultMode": 0o440, "optional": True}
+    assert volumes[mounts["/etc/derper/clients"]]["optional"] is True
+
+
+def test_the_order_of_children_carries_scaling() -> None:
+    kinds = [item["kind"] for item in manifests(region())]
+    assert kinds[-1] == "StatefulSet"

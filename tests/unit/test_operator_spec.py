@@ -1,0 +1,99 @@
+"""The spec as the operator reads it, and the sentences for what an older schema may have let in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from derp_operator.names import node_name, ordinal_of
+from derp_operator.spec import InvalidSpec, KeySource, parse
+
+from .operatorkit import region, resource
+
+TEMPLATE = {"hostName": "Template", "hostNameTemplate": "{pod}.{region}.{namespace}.example.com"}
+CERTIFICATES = {"certificates": [{"secretName": "a"}]}
+
+
+def test_defaults() -> None:
+    found = region("berlin")
+    assert (found.code, found.title, found.replicas) == ("berlin", "berlin", 3)
+    assert found.exposure.type == "LoadBalancer"
+    assert (found.exposure.derp_port, found.exposure.stun_port) == (443, 3478)
+    assert found.tls.host_name == "Generated"
+    assert found.pods == ("berlin-0", "berlin-1", "berlin-2")
+    assert region(regionCode="ber").title == "ber"
+
+
+def test_sources_of_keys() -> None:
+    for kind, option in (("ConfigMap", "configMapKeyRef"), ("Secret", "secretKeyRef")):
+        found = region(clients={"keysFrom": {option: {"name": "a", "key": "b"}}})
+        assert found.clients.keys_from == KeySource(kind, "a", "b")  # type: ignore[arg-type]
+
+
+def test_templates() -> None:
+    found = region(tls=TEMPLATE | CERTIFICATES)
+    assert found.host_name("berlin-1") == "berlin-1.berlin.derp.example.com"
+    ordinal = region(tls=TEMPLATE | CERTIFICATES | {"hostNameTemplate": "relay{ordinal}.example.com"})
+    assert ordinal.host_name("berlin-1") == "relay1.example.com"
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"replicas": 2}, "spec.replicas is 2: a region has 3 to 64 relays."),
+        ({"regionID": 5}, "spec.regionID is 5: regions of your own have ids from 900 to 999."),
+        ({"clients": {}}, "spec.clients names nobody"),
+        ({"clients": {"open": True, "verifyURLs": ["https://a"]}}, "spec.clients.open lets everybody in"),
+        ({"exposure": {"type": "Ingress"}}, "spec.exposure.type is 'Ingress'"),
+        ({"exposure": {"type": "NodePort", "hostPort": {"derpPort": 1}}}, "spec.exposure.hostPort does not apply"),
+        ({"exposure": {"type": "NodePort", "nodePort": {"derpPortBase": 65534}}}, "derpPortBase is 65534"),
+        ({"exposure": {"loadBalancer": {"sourceRanges": ["here"]}}}, "sourceRanges has 'here'"),
+        ({"tls": {"hostName": "Template"}}, "spec.tls.hostNameTemplate is missing"),
+        ({"tls": TEMPLATE}, "spec.tls.certificates is empty"),
+        ({"tls": CERTIFICATES}, "do not apply to hostName Generated"),
+        ({"tls": TEMPLATE | CERTIFICATES | {"hostNameTemplate": "a.example.com"}}, "every pod needs its own name"),
+        ({"tls": TEMPLATE | CERTIFICATES | {"hostNameTemplate": "{node}.example.com"}}, "its variables are {pod}"),
+        ({"tls": TEMPLATE | CERTIFICATES | {"hostNameTemplate": "{pod.__class__}"}}, "its variables are {pod}"),
+        ({"tls": TEMPLATE | CERTIFICATES | {"hostNameTemplate": "{pod"}}, "its variables are {pod}"),
+        ({"tls": TEMPLATE | CERTIFICATES | {"hostNameTemplate": "{pod}_x.example.com"}}, "which is not a DNS name"),
+    ],
+)
+def test_mistakes_are_sentences(spec: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidSpec) as caught:
+        region(**spec)
+    assert words in str(caught.value)
+    assert all(problem.endswith(".") for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize("name", ["a" * 41, "0a", "a.b", "A", "a-"])
+def test_names_that_pods_cannot_carry(name: str) -> None:
+    with pytest.raises(InvalidSpec, match=r"metadata\.name"):
+        parse(resource(name))
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    with pytest.raises(InvalidSpec) as caught:
+        region(replicas=2, regionID=5)
+    assert len(caught.value.problems) == 2
+
+
+def test_node_names_count_like_columns() -> None:
+    assert [node_name(900, number) for number in (0, 25, 26, 63)] == ["900a", "900z", "900aa", "900bl"]
+    assert len({node_name(900, number) for number in range(2000)}) == 2000
+
+
+@pytest.mark.parametrize(
+    ("pod", "ordinal"),
+    [
+        ("a-0", 0),
+        ("a-12", 12),
+        ("a-01", None),
+        ("b-0", None),
+        ("a-", None),
+        ("a", None),
+        ("a-b-0", None),
+        ("a-²", None),
+    ],
+)
+def test_ordinals(pod: str, ordinal: int | None) -> None:
+    assert ordinal_of("a", pod) == ordinal
