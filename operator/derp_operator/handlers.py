@@ -39,6 +39,7 @@ async def watch(login: Login, namespaces: Collection[str], report: Report, ready
     """
     loop = asyncio.get_running_loop()
     stop, up = threading.Event(), threading.Event()
+    identity: Any = names.MANAGER  # of a peering that is not used; kopf would ask for the user's name, which pods lack
 
     def forward(item: Mapping[str, Any], deleted: bool, key: tuple[str, str]) -> None:
         loop.call_soon_threadsafe(report, item, deleted, key)
@@ -48,6 +49,7 @@ async def watch(login: Login, namespaces: Collection[str], report: Report, ready
             kopf.operator(
                 registry=registry(login, forward),
                 settings=settings(),
+                identity=identity,
                 standalone=True,
                 clusterwide=not namespaces,
                 namespaces=namespaces,

@@ -90,3 +90,13 @@ async def test_what_others_own_is_not_even_sent(api: ControlPlane, berlin: World
         await berlin.settle()
         await reports.until(("berlin-keys", False))
         assert ("foreign", False) not in reports.changes
+
+
+async def test_a_user_without_a_name_is_fine(api: ControlPlane, berlin: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nameless() -> str:
+        raise KeyError("getpwuid(): uid not found: 65532")  # as in a pod
+
+    monkeypatch.setattr("getpass.getuser", nameless)
+    async with watching(api, [berlin.namespace]) as reports:
+        await berlin.create()
+        await reports.until(("berlin", False))
