@@ -38,9 +38,19 @@ class Demo:
             for name in (OPERATOR, NAMESPACE):
                 self.kubectl("apply", "--filename=-", stdin=json.dumps(namespace(name)))
             chart = self._repository / "charts" / "derp-operator"
-            release = ["upgrade", "--install", OPERATOR, chart, f"--namespace={OPERATOR}", "--create-namespace"]
+            release: list[str | Path] = [
+                "upgrade",
+                "--install",
+                OPERATOR,
+                chart,
+                f"--namespace={OPERATOR}",
+                "--create-namespace",
+            ]
             values = [f"--set-string={value}" for value in chart_values(images)]
-            output([self._helm, f"--kubeconfig={self._kubeconfig}", *release, *values, "--wait", "--timeout=3m"])
+            try:
+                output([self._helm, f"--kubeconfig={self._kubeconfig}", *release, *values, "--wait", "--timeout=3m"])
+            except ClusterError as error:
+                raise self._explained(error, OPERATOR, ["logs", f"deployment/{OPERATOR}", "--tail=20"]) from None
 
     def region(self) -> None:
         """Apply the region and wait until its map is published."""
@@ -51,11 +61,17 @@ class Demo:
             try:
                 self.kubectl(*wait, f"--timeout={READY_SECONDS}s")
             except ClusterError as error:
-                seen = self.kubectl("get", "derpregion,pods", "--output=wide", f"--namespace={NAMESPACE}")
-                why = self.kubectl(
-                    "get", "derpregion", REGION, f"--namespace={NAMESPACE}", "--output=jsonpath={.status.conditions}"
-                )
-                raise ClusterError(f"{error}\n{seen}\n{why}") from None
+                raise self._explained(error, NAMESPACE, ["describe", "derpregion", REGION]) from None
+
+    def _explained(self, error: ClusterError, namespace: str, look: list[str]) -> ClusterError:
+        """The error with what the cluster has to say about it."""
+        seen = [str(error)]
+        for arguments in (["get", "pods", "--output=wide"], look):
+            try:
+                seen.append(self.kubectl(*arguments, f"--namespace={namespace}"))
+            except ClusterError as failure:
+                seen.append(str(failure))
+        return ClusterError("\n".join(seen))
 
     def show(self) -> None:
         """Print the region, its map, and what a client finds when it tries every relay."""
