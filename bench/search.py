@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 FAR = 8
+"""The longest step up or down the lattice, once the direction is clear."""
 
 
 @dataclass(frozen=True)
@@ -39,39 +40,39 @@ class Found(Generic[T]):
     failed: T | None
 
 
-@dataclass(frozen=True)
 class Search(Generic[T]):
     """How results are judged: `passes` is the aim, `hopeless` is so far from it that no higher rate is worth trying.
 
     Between the two lies a band in which a relay loses a little at one rate and nothing at a higher one. So the search
-    goes up, in long steps and then by halves, to the lowest hopeless rate, and from there down, step by step, to the
-    first rate that passes. A rate has `tries` attempts, since a disturbance from outside can only make a result worse.
+    goes up, in long steps, then by halves, to the lowest hopeless rate, and from there down, two by two, to the first
+    rate that passes. A rate has `tries` attempts, since a disturbance from outside can only make a result worse.
     """
 
-    attempt: Callable[[int], T]
-    passes: Callable[[T], bool]
-    hopeless: Callable[[T], bool]
-    tries: int = 3
+    def __init__(
+        self, attempt: Callable[[int], T], passes: Callable[[T], bool], hopeless: Callable[[T], bool], tries: int = 2
+    ) -> None:
+        self._attempt = attempt
+        self._passes = passes
+        self._hopeless = hopeless
+        self._tries = tries
+        self._results: dict[int, list[T]] = {}
 
     def highest(self, top: int, start: int) -> Found[T]:
         """The highest of 0 .. top that passes; `start` is a guess at it."""
-        above = None
-        for k in range(self._lowest_hopeless(top, start), -1, -1):
-            for _ in range(self.tries):
-                result = self.attempt(k)
-                if self.passes(result):
-                    return Found(k, result, above)
-                if self.hopeless(result):
-                    break
-            above = result
-        return Found(None, None, above)
+        edge = self._lowest_hopeless(top, start)
+        for even in [*range(edge, 0, -2), 0]:
+            if self._passing(even) is None:
+                continue
+            k = even + 1 if even < edge and self._passing(even + 1) is not None else even
+            return Found(k, self._passing(k), self._last(k + 1))
+        return Found(None, None, self._last(0))
 
     def _lowest_hopeless(self, top: int, start: int) -> int:
-        """The lowest hopeless index, or `top` if there is none."""
+        """The lowest index that was hopeless twice, or `top` if there is none."""
         low, high, stride = -1, top + 1, 1
         k = min(max(start, 0), top)
         while high - low > 1:
-            if self._all_hopeless(k):
+            if self._hopeless(self._measure(k)) and self._hopeless(self._measure(k)):
                 high = k
             else:
                 low = k
@@ -84,5 +85,20 @@ class Search(Generic[T]):
             stride = min(stride * 2, FAR)
         return min(high, top)
 
-    def _all_hopeless(self, k: int) -> bool:
-        return all(self.hopeless(self.attempt(k)) for _ in range(2))
+    def _passing(self, k: int) -> T | None:
+        for result in self._results.get(k, ()):
+            if self._passes(result):
+                return result
+        while len(self._results.get(k, ())) < self._tries:
+            result = self._measure(k)
+            if self._passes(result):
+                return result
+        return None
+
+    def _measure(self, k: int) -> T:
+        result = self._attempt(k)
+        self._results.setdefault(k, []).append(result)
+        return result
+
+    def _last(self, k: int) -> T | None:
+        return self._results[k][-1] if k in self._results else None

@@ -16,7 +16,7 @@
 
 enum { SEND_PACKET = 0x04, MAX_FLOWS = 1 << 16, PATTERN_SHIFTS = 1024, MAX_BURSTS_PER_TURN = 16 };
 static const uint64_t MAX_LATE = 1000000;              /* ns of schedule that may be caught up */
-static const uint64_t MAX_DRAIN = 10000000000;
+static const uint64_t MAX_DRAIN = 3000000000;
 
 enum kind { PACED, PING, PONG };
 struct stamp {

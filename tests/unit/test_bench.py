@@ -40,8 +40,9 @@ def test_search_finds_the_highest_passing_index(limit: int, start: int) -> None:
 
 
 def test_search_is_not_stopped_by_a_bad_spot_below_the_ceiling() -> None:
-    search = Search(lambda k: k, passes=lambda k: k <= 40 and k not in (20, 21, 22), hopeless=lambda k: k > 45)
-    assert [search.highest(99, start).best for start in range(0, 99, 7)] == [40] * 15
+    for start in range(0, 99, 7):
+        search = Search(lambda k: k, passes=lambda k: k <= 40 and k not in (20, 21, 22), hopeless=lambda k: k > 45)
+        assert search.highest(99, start).best == 40
 
 
 def test_search_forgives_an_attempt_that_was_disturbed() -> None:
@@ -56,7 +57,7 @@ def test_search_forgives_an_attempt_that_was_disturbed() -> None:
 
 
 def test_search_reports_the_attempt_that_passed_not_the_one_before() -> None:
-    answers = {1: iter([9.0, 9.0, 9.0]), 0: iter([2.0, 3.0, 0.5])}
+    answers = {1: iter([9.0, 9.0]), 0: iter([2.0, 0.5])}  # a third attempt would raise StopIteration
     search = Search(lambda k: next(answers[k]), passes=lambda loss: loss < 1, hopeless=lambda loss: loss > 5)
     found = search.highest(1, 0)
     assert (found.best, found.passed, found.failed) == (0, 0.5, 9.0)
