@@ -78,7 +78,7 @@ def _finding(
         return Finding(conditions.PODS_PENDING, f"Pod {node.pod} is not there.", degraded=degraded)
     waiting = _waiting(pod)
     if waiting:
-        return Finding(conditions.PODS_PENDING, f"Pod {node.pod} does not run: {waiting}", degraded=degraded)
+        return Finding(conditions.PODS_PENDING, f"Pod {node.pod} does not run: {waiting}.", degraded=degraded)
     if not is_ready(pod):
         why = "; ".join(answer.reasons) if answer and answer.reasons else "starting or stopping"
         return Finding(conditions.NODES_NOT_READY, f"Node {node.pod} is not ready: {why}.", degraded=degraded)
@@ -97,12 +97,27 @@ def _waiting(pod: Mapping[str, Any]) -> str | None:
     status = pod.get("status", {})
     for condition in status.get("conditions", ()):
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            return f"{condition.get('reason', 'Unschedulable')}: {condition.get('message', 'no node takes it')}"
+            return f"{condition.get('reason', 'Unschedulable')}: {_line(condition.get('message', 'no node takes it'))}"
     for container in status.get("containerStatuses", ()):
         waiting = container.get("state", {}).get("waiting") or {}
+        if waiting.get("reason") == "CrashLoopBackOff":
+            return f"it ends again and again, {_end(container)}"
         if waiting.get("reason") in _BAD_WAITS:
-            return f"{waiting['reason']}: {waiting.get('message', 'see kubectl describe pod')}"
+            return f"{waiting['reason']}: {_line(waiting.get('message', 'see kubectl describe pod'))}"
     return None
+
+
+def _end(container: Mapping[str, Any]) -> str:
+    """How a container ended; not the kubelet's own words, which change with every try."""
+    last = container.get("lastState", {}).get("terminated") or {}
+    words = _line(last.get("message") or last.get("reason") or "see kubectl logs")
+    return f"last with status {last.get('exitCode', '?')}: {words}"
+
+
+def _line(text: str) -> str:
+    """The last line of a text, without its full stop: that is where programs say what is wrong."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1].rstrip(".")[:300] if lines else "no message"
 
 
 def _links(answers: Mapping[str, Answer], peer: str, pod: str) -> bool:

@@ -92,8 +92,8 @@ def _container(region: Region, image: str) -> dict[str, Any]:
             "name": "derper",
             "image": image,
             "imagePullPolicy": region.image_pull_policy or "IfNotPresent",
-            "command": ["derper"],
-            "args": list(ARGS),
+            "args": list(ARGS),  # of the image's own entry point
+            "terminationMessagePolicy": "FallbackToLogsOnError",  # the status of the region quotes it
             "env": [{"name": "POD_NAME", "valueFrom": {"fieldRef": _POD_NAME}}],
             "ports": _ports(region),
             "resources": dict(region.pod.resources) or DEFAULT_RESOURCES,
