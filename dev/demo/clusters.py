@@ -100,7 +100,7 @@ class Kind:
         context, key = Images(state.repository(), self.paths, self.steps).context()
         names = {target: tag(target, key) for target in TARGETS}
         for target, name in names.items():
-            build = [
+            build: list[str | Path] = [
                 "docker",
                 "build",
                 f"--file={context}/Containerfile",
