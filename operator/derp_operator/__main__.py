@@ -59,7 +59,7 @@ def options(arguments: Sequence[str], environment: Mapping[str, str]) -> argpars
     parser.add_argument(
         "--port",
         type=int,
-        default=int(environment.get("PORT", "8080")),
+        default=_number(parser, environment, "PORT", 8080),
         help="port of /healthz, /readyz and /metrics (PORT; default 8080)",
     )
     parser.add_argument(
@@ -74,7 +74,7 @@ def options(arguments: Sequence[str], environment: Mapping[str, str]) -> argpars
     parser.add_argument(
         "--workers",
         type=int,
-        default=int(environment.get("WORKERS", "4")),
+        default=_number(parser, environment, "WORKERS", 4),
         help="regions worked on at a time (WORKERS)",
     )
     parser.add_argument("--log-level", default=environment.get("LOG_LEVEL", "info"), help="debug, info or warning")
@@ -87,6 +87,13 @@ def options(arguments: Sequence[str], environment: Mapping[str, str]) -> argpars
     if found.log_level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         parser.error(f"--log-level is {found.log_level!r}: it must be debug, info, warning or error")
     return found
+
+
+def _number(parser: argparse.ArgumentParser, environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name, str(default))
+    if not (text.isascii() and text.isdigit()):
+        parser.error(f"{name} is {text!r}: it must be a number")
+    return int(text)
 
 
 class Operator:

@@ -31,6 +31,10 @@ ARGS: Final = (
     "blank",
 )
 _POD_NAME: Final = {"apiVersion": "v1", "fieldPath": "metadata.name"}
+_NODE_LABEL: Final = "kubernetes.io/hostname"
+_ZONE_LABEL: Final = "topology.kubernetes.io/zone"
+_REQUIRED: Final = "requiredDuringSchedulingIgnoredDuringExecution"
+_PREFERRED: Final = "preferredDuringSchedulingIgnoredDuringExecution"
 RELAY_UID: Final = 65532
 DEFAULT_RESOURCES: Final = {
     "requests": {"cpu": "50m", "memory": "64Mi"},
@@ -70,10 +74,7 @@ def _template(region: Region, image: str) -> dict[str, Any]:
                     "fsGroup": RELAY_UID,
                     "seccompProfile": {"type": "RuntimeDefault"},
                 },
-                "topologySpreadConstraints": [
-                    _spread(region, "kubernetes.io/hostname"),
-                    _spread(region, "topology.kubernetes.io/zone"),
-                ],
+                "topologySpreadConstraints": [_over_nodes(region)],
                 "affinity": _affinity(region),
                 "nodeSelector": dict(pod.node_selector),
                 "tolerations": [dict(item) for item in pod.tolerations],
@@ -160,22 +161,27 @@ def _config_map(volume: str, name: str, *, optional: bool = False) -> dict[str, 
     return {"name": volume, "configMap": source | ({"optional": True} if optional else {})}
 
 
-def _spread(region: Region, topology: str) -> dict[str, Any]:
+def _over_nodes(region: Region) -> dict[str, Any]:
+    """Zones are no constraint beside it: the scheduler ranks no node by any of them that lacks one of the labels."""
     return {
         "maxSkew": 1,
-        "topologyKey": topology,
+        "topologyKey": _NODE_LABEL,
         "whenUnsatisfiable": "ScheduleAnyway",
         "labelSelector": {"matchLabels": names.selector(region.name)},
     }
 
 
 def _affinity(region: Region) -> dict[str, Any]:
-    """The user's affinity; with HostPort also one relay per node, as the ports exist only once."""
+    """The user's affinity, and ours: zones apart where there are any; with HostPort one relay per node, as the ports
+    exist only once.
+    """
     affinity = dict(region.pod.affinity)
-    if region.exposure.type != "HostPort":
-        return affinity
-    own = {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": names.selector(region.name)}}
     anti = dict(affinity.get("podAntiAffinity") or {})
-    required = "requiredDuringSchedulingIgnoredDuringExecution"
-    anti[required] = [*anti.get(required, []), own]
+    anti[_PREFERRED] = [*anti.get(_PREFERRED, []), {"weight": 100, "podAffinityTerm": _own(region, _ZONE_LABEL)}]
+    if region.exposure.type == "HostPort":
+        anti[_REQUIRED] = [*anti.get(_REQUIRED, []), _own(region, _NODE_LABEL)]
     return affinity | {"podAntiAffinity": anti}
+
+
+def _own(region: Region, topology: str) -> dict[str, Any]:
+    return {"topologyKey": topology, "labelSelector": {"matchLabels": names.selector(region.name)}}
