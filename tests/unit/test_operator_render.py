@@ -149,6 +149,14 @@ def test_host_ports_need_nodes_of_their_own_and_keep_the_users_affinity() -> Non
     assert found["nodeAffinity"] == user["nodeAffinity"]
 
 
+def test_a_cluster_without_zones_still_spreads_pods_over_nodes() -> None:
+    """The scheduler ranks no node that lacks the label of any soft spread constraint: zones must not be one."""
+    found = template()["spec"]
+    assert [item["topologyKey"] for item in found["topologySpreadConstraints"]] == ["kubernetes.io/hostname"]
+    zones = found["affinity"]["podAntiAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert [item["podAffinityTerm"]["topologyKey"] for item in zones] == ["topology.kubernetes.io/zone"]
+
+
 def test_services_keep_the_clients_address_and_serve_before_readiness() -> None:
     for kind, policy in (("LoadBalancer", "Local"), ("NodePort", "Local"), ("ClusterIP", None)):
         service = find(manifests(region(exposure={"type": kind})), "Service", "berlin-1")
