@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import ipaddress
 import json
@@ -16,9 +17,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from dev.cluster import addons, archive, config, network, node, pki, state, wheels
+from dev.cluster import addons, archive, config, layout, network, node, pki, state, wheels
 from dev.cluster.__main__ import parser
 from dev.cluster.steps import ClusterError, Steps, wait_for
+from dev.demo.__main__ import chart_values
+from dev.demo.clusters import Current, Embedded, choose
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 
@@ -184,6 +187,72 @@ class TestArchive:
         assert json.loads(members[manifest["Config"]])["config"]["Entrypoint"] == ["/pause"]
         with tarfile.open(fileobj=io.BytesIO(members[manifest["Layers"][0]])) as layer:
             assert [(entry.name, entry.mode) for entry in layer] == [("pause", 0o755)]
+
+
+class TestLayout:
+    @staticmethod
+    def image(directory: Path, layers: list[bytes]) -> layout.Image:
+        """What `buildah push dir:` leaves behind."""
+        directory.mkdir()
+        parts = []
+        for content in (b"{}", *layers):
+            value = hashlib.sha256(content).hexdigest()
+            (directory / value).write_bytes(content)
+            parts.append({"digest": f"sha256:{value}"})
+        manifest = {"mediaType": "application/vnd.oci.image.manifest.v1+json", "config": parts[0], "layers": parts[1:]}
+        (directory / "manifest.json").write_text(json.dumps(manifest))
+        return layout.read(directory)
+
+    def test_blobs_are_sent_once_and_not_when_present(self, tmp_path: Path) -> None:
+        base, code, other = (f"sha256:{hashlib.sha256(each).hexdigest()}" for each in (b"base", b"code", b"other"))
+        one = self.image(tmp_path / "one", [b"base", b"code"])
+        two = self.image(tmp_path / "two", [b"base", b"other"])
+        out = io.BytesIO()
+        layout.write(out, {"localhost/one:dev": one, "localhost/one:1": one, "localhost/two:dev": two}, present={code})
+        out.seek(0)
+        with tarfile.open(fileobj=out) as tar:
+            names = tar.getnames()
+            index = json.loads(tar.extractfile("index.json").read())  # type: ignore[union-attr]
+        assert len(names) == len(set(names))
+        sent = {name.removeprefix("blobs/").replace("/", ":") for name in names if name.startswith("blobs/")}
+        assert {base, other, one.digest, two.digest} <= sent
+        assert code not in sent
+        named = {entry["annotations"][layout.CONTAINERD_NAME]: entry["digest"] for entry in index["manifests"]}
+        assert named == {
+            "localhost/one:dev": one.digest,
+            "localhost/one:1": one.digest,
+            "localhost/two:dev": two.digest,
+        }
+
+
+class TestDemo:
+    def test_image_names_become_values_of_the_chart(self) -> None:
+        values = chart_values({"derper": "example:5000/a/derper:1", "derp-operator": "localhost/derp-operator:2"})
+        assert values[:3] == ["image.registry=localhost", "image.repository=derp-operator", "image.tag=2"]
+        assert values[3:] == ["relayImage.registry=example:5000/a", "relayImage.repository=derper", "relayImage.tag=1"]
+
+    def test_the_user_chooses_the_cluster(self, tmp_path: Path) -> None:
+        paths, steps = state.paths({"DERP_CACHE": str(tmp_path)}), Steps(io.StringIO())
+        assert isinstance(choose({"CLUSTER": "current", "KUBECONFIG": "/else"}, paths, steps), Current)
+        own = choose({"CLUSTER": "current", "KUBECONFIG": str(paths.kubeconfig)}, paths, steps)
+        assert isinstance(own, Embedded)
+        with pytest.raises(ClusterError, match="CLUSTER is 'mine'; it can be current, kind or embedded"):
+            choose({"CLUSTER": "mine"}, paths, steps)
+
+    def test_the_current_cluster_needs_images_that_it_can_pull(self, tmp_path: Path) -> None:
+        paths, steps = state.paths({"DERP_CACHE": str(tmp_path)}), Steps(io.StringIO())
+        with pytest.raises(ClusterError, match="set DERP_OPERATOR_IMAGE to"):
+            Current(paths, steps, {"DERPER_IMAGE": "example/derper:1"}).images()
+
+
+def test_kind_maps_the_demos_node_ports_on_every_worker() -> None:
+    nodes = yaml.safe_load((state.repository() / "kind-config.yaml").read_text())["nodes"]
+    assert [each["role"] for each in nodes] == ["control-plane", "worker", "worker", "worker"]
+    wanted = {(30443 + i, "TCP") for i in range(5)} | {(30478 + i, "UDP") for i in range(5)}
+    for worker in nodes[1:]:
+        assert {(each["containerPort"], each["protocol"]) for each in worker["extraPortMappings"]} == wanted
+    published = [(m["listenAddress"], m["hostPort"], m["protocol"]) for w in nodes[1:] for m in w["extraPortMappings"]]
+    assert len(published) == len(set(published))
 
 
 class TestWheels:
