@@ -77,7 +77,7 @@ def output(argv: Sequence[str | Path], *, stdin: str | IO[bytes] = "") -> str:
     return done.stdout
 
 
-def wait_for(look: Callable[[], T | None], *, otherwise: str, timeout: float = 60.0) -> T:
+def wait_for(look: Callable[[], T | None], *, otherwise: str, timeout: float = 120.0) -> T:
     """Look until there is something true to see, and return it; raises ClusterError(otherwise) after `timeout` s."""
     deadline = time.monotonic() + timeout
     while not (seen := look()):

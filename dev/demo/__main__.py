@@ -52,16 +52,26 @@ class Demo:
             except ClusterError as error:
                 raise self._explained(error, OPERATOR, ["logs", f"deployment/{OPERATOR}", "--tail=20"]) from None
 
-    def region(self) -> None:
-        """Apply the region and wait until its map is published."""
+    def region(self, image: str) -> None:
+        """Apply the region and wait until its map is published and its relays run `image`."""
         with self._steps("apply examples/demo.yaml"):
             self.kubectl("apply", f"--filename={self._repository / 'examples' / 'demo.yaml'}")
         with self._steps(f"wait until the region {REGION} is Ready"):
-            wait = ["wait", "--for=condition=Ready", f"derpregion/{REGION}", f"--namespace={NAMESPACE}"]
             try:
-                self.kubectl(*wait, f"--timeout={READY_SECONDS}s")
+                self._await_relays(image)
+                self._wait(f"derpregion/{REGION}", "condition=Ready")
             except ClusterError as error:
                 raise self._explained(error, NAMESPACE, ["describe", "derpregion", REGION]) from None
+
+    def _await_relays(self, image: str) -> None:
+        """After an upgrade the region is as Ready as it was, until the new operator has had its first look."""
+        relays = f"statefulset/{REGION}"
+        self._wait(relays, "create")
+        self._wait(relays, f"jsonpath={{.spec.template.spec.containers[0].image}}={image}")
+        self.kubectl("rollout", "status", relays, f"--namespace={NAMESPACE}", f"--timeout={READY_SECONDS}s")
+
+    def _wait(self, what: str, condition: str) -> None:
+        self.kubectl("wait", what, f"--for={condition}", f"--namespace={NAMESPACE}", f"--timeout={READY_SECONDS}s")
 
     def _explained(self, error: ClusterError, namespace: str, look: list[str]) -> ClusterError:
         """The error with what the cluster has to say about it."""
@@ -114,7 +124,7 @@ def execute(command: str, cluster: DemoCluster, steps: Steps) -> None:
         images = cluster.images()
         demo = Demo(cluster, steps, state.repository())
         demo.install(images)
-        demo.region()
+        demo.region(images["derper"])
         demo.show()
         steps.say("the demo is up; to look around:")
         print(f"export KUBECONFIG={cluster.kubeconfig}")

@@ -17,9 +17,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from dev.cluster import addons, archive, config, layout, network, node, pki, state, wheels
+from dev.cluster import addons, archive, config, layout, network, node, pki, prepare, state, wheels
 from dev.cluster.__main__ import parser
-from dev.cluster.steps import ClusterError, Steps, wait_for
+from dev.cluster.steps import ClusterError, Steps, UnsupportedError, wait_for
 from dev.demo.__main__ import chart_values
 from dev.demo.clusters import Current, Embedded, choose
 
@@ -293,6 +293,27 @@ class TestSteps:
     def test_waiting_returns_what_came(self) -> None:
         answers = iter([None, "", "here"])
         assert wait_for(lambda: next(answers), otherwise="never") == "here"
+
+
+class TestMachine:
+    def test_without_linux_the_local_region_is_offered(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("sys.platform", "darwin")
+        monkeypatch.setattr("shutil.which", lambda command: f"/usr/bin/{command}")
+        with pytest.raises(UnsupportedError, match=r"needs Linux, which .* lacks; `make region` runs"):
+            prepare.check_machine()
+
+    def test_everything_that_is_missing_is_said_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("sys.platform", "linux")
+        monkeypatch.setattr("os.geteuid", lambda: 1000)
+        monkeypatch.setattr("shutil.which", lambda command: None)
+        with pytest.raises(UnsupportedError, match=r"needs root and apt-get, or the commands .*containerd"):
+            prepare.check_machine()
+
+    def test_root_on_debian_may_go_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("sys.platform", "linux")
+        monkeypatch.setattr("os.geteuid", lambda: 0)
+        monkeypatch.setattr("shutil.which", lambda command: "/usr/bin/apt-get" if command == "apt-get" else None)
+        prepare.check_machine()
 
 
 def test_three_nodes_unless_told_otherwise() -> None:
