@@ -29,6 +29,11 @@ class Seen:
     secrets: Mapping[str, Data]
     clients: Data
 
+    @property
+    def given(self) -> list[Data]:
+        """What the user provides to the pods, in a fixed order."""
+        return [*(self.secrets[name] for name in sorted(self.secrets)), self.clients]
+
     def members(self, region: Region) -> list[str]:
         """The pods of the mesh: the wanted ones, and those that still run; by ordinal."""
         left = {number for pod in self.pods if (number := names.ordinal_of(region.name, pod)) is not None}

@@ -84,7 +84,7 @@ class Reconciler:
     async def _change(self, region: Region, seen: Seen, manifests: Sequence[Object]) -> None:
         await apply(self.cluster, region, manifests, seen.live)
         await prune(self.cluster, region, map(identity, manifests), seen.live)
-        await self._touch(region, seen, config_hash(manifests, region))
+        await self._touch(region, seen, config_hash(manifests, region, seen.given))
 
     async def _touch(self, region: Region, seen: Seen, digest: str) -> None:
         """Write the hash of keys and settings to the pods: the kubelet then refreshes their volumes at once."""

@@ -75,12 +75,18 @@ def _finding(
     node: Node, pod: Mapping[str, Any] | None, answer: Answer | None, missing: Sequence[str], *, degraded: bool
 ) -> Finding | None:
     if pod is None:
-        return Finding(conditions.PODS_PENDING, f"Pod {node.pod} is not there.", degraded=degraded)
+        owner = node.pod.rpartition("-")[0]
+        text = f"Pod {node.pod} is not there (if it does not come, see the Events of StatefulSet {owner})."
+        return Finding(conditions.PODS_PENDING, text, degraded=degraded)
     waiting = _waiting(pod)
     if waiting:
         return Finding(conditions.PODS_PENDING, f"Pod {node.pod} does not run: {waiting}.", degraded=degraded)
     if not is_ready(pod):
-        why = "; ".join(answer.reasons) if answer and answer.reasons else "starting or stopping"
+        why = (
+            "; ".join(reason.rstrip(".") for reason in answer.reasons)
+            if answer and answer.reasons
+            else "starting or stopping"
+        )
         return Finding(conditions.NODES_NOT_READY, f"Node {node.pod} is not ready: {why}.", degraded=degraded)
     if answer is None:
         return Finding(conditions.NODES_NOT_READY, f"Node {node.pod} was not asked yet.", degraded=degraded)

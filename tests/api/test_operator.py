@@ -296,8 +296,11 @@ async def test_a_missing_config_map_is_named_and_heals(berlin: World) -> None:
     meta = {"name": "clients", "namespace": berlin.namespace}
     await berlin.kube.create({"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": {"other": ""}})
     assert "has no key keys" in condition(await berlin.settle())["message"]
+    before = (await berlin.pods())[0]["metadata"]["annotations"][names.CONFIG_HASH]
     await berlin.kube.merge("ConfigMap", berlin.namespace, "clients", {"data": {"keys": ""}})
     assert condition(await berlin.settle())["status"] == "True"
+    after = (await berlin.pods())[0]["metadata"]["annotations"][names.CONFIG_HASH]
+    assert after != before, "the kubelet must look at its files at once"
 
 
 async def test_events_tell_transitions_once(berlin: World) -> None:

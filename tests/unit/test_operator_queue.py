@@ -40,6 +40,7 @@ def test_an_event_brings_a_later_look_forward() -> None:
     queue.add("a", 60)
     assert queue.take(1) is None
     queue.add("a", 1)
+    queue.add("a", 60)
     assert queue.take(1) == "a"
 
 
@@ -150,6 +151,9 @@ async def test_the_queue_bounds_its_workers_and_finishes_what_runs() -> None:
     await work.until(3)
     assert (work.started, work.peak) == (["a", "b", "c"], 2)
     task.cancel()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not task.done(), "it waits for what runs"
     for key in "ac":
         work.gates[key].set()
     with pytest.raises(asyncio.CancelledError):

@@ -49,6 +49,12 @@ def template(**spec: Any) -> Any:
     return find(manifests(region(**(BASE | spec))), "StatefulSet", "berlin")["spec"]["template"]
 
 
+def rest(**spec: Any) -> Any:
+    """The StatefulSet without the two fields that may change."""
+    found = find(manifests(region(**(BASE | spec))), "StatefulSet", "berlin")["spec"]
+    return {key: value for key, value in found.items() if key not in ("replicas", "template")}
+
+
 def container(**spec: Any) -> Any:
     return template(**spec)["spec"]["containers"][0]
 
@@ -61,6 +67,11 @@ def test_changes_that_leave_running_pods_alone(change: Spec) -> None:
 @pytest.mark.parametrize("change", ROLLS, ids=str)
 def test_changes_that_replace_the_pods(change: Spec) -> None:
     assert template(**change) != template()
+
+
+@pytest.mark.parametrize("change", KEEPS + ROLLS, ids=str)
+def test_the_rest_of_a_stateful_set_never_changes(change: Spec) -> None:
+    assert rest(**change) == rest()
 
 
 def test_the_matrix_names_every_field_of_the_spec() -> None:
@@ -174,11 +185,13 @@ def test_node_ports_count_up_from_their_base() -> None:
     assert "nodePort" not in ports[0][1]
 
 
-def test_the_hash_follows_keys_and_settings_only() -> None:
+def test_the_hash_follows_what_pods_re_read() -> None:
     wanted = region()
-    before = config_hash(manifests(wanted), wanted)
-    assert config_hash(manifests(wanted, image="derper:9"), wanted) == before
-    assert config_hash(manifests(wanted, members=(*wanted.pods, "berlin-3")), wanted) != before
+    before = config_hash(manifests(wanted), wanted, [None])
+    assert config_hash(manifests(wanted, image="derper:9"), wanted, [None]) == before
+    assert config_hash(manifests(wanted, members=(*wanted.pods, "berlin-3")), wanted, [None]) != before
+    assert config_hash(manifests(wanted), wanted, [{}]) != before, "what the user provides has come"
+    assert config_hash(manifests(wanted), wanted, [{"tls.crt": b"a"}]) != config_hash(manifests(wanted), wanted, [{}])
 
 
 def test_what_users_name_may_come_later() -> None:

@@ -180,7 +180,11 @@ UNSCHEDULED = [
 @pytest.mark.parametrize(
     ("change", "reason", "words"),
     [
-        (lambda t: t.pods.pop("berlin-1"), "PodsPending", "Pod berlin-1 is not there."),
+        (
+            lambda t: t.pods.pop("berlin-1"),
+            "PodsPending",
+            "Pod berlin-1 is not there (if it does not come, see the Events of StatefulSet berlin).",
+        ),
         (
             lambda t: t.pods.update({"berlin-1": pod("berlin-1", ready=False, conditions=UNSCHEDULED)}),
             "PodsPending",
@@ -206,10 +210,10 @@ UNSCHEDULED = [
         (
             lambda t: (
                 t.pods.update({"berlin-1": pod("berlin-1", ready=False)}),
-                t.answers.update({"berlin-1": Answer(("no",), reasons=("no key",))}),
+                t.answers.update({"berlin-1": Answer(("no",), reasons=("no key", "no map."))}),
             ),
             "NodesNotReady",
-            "Node berlin-1 is not ready: no key.",
+            "Node berlin-1 is not ready: no key; no map.",
         ),
         (
             lambda t: t.answers.update({"berlin-1": Answer(("STUN is silent",))}),
@@ -266,6 +270,17 @@ def test_a_young_pod_is_no_degradation() -> None:
         table.pods["berlin-1"] = pod("berlin-1", ready=False, age=age)
         made = {item["type"]: item["status"] for item in table.status()["conditions"]}
         assert made["Degraded"] == expected
+
+
+def test_damaged_keys_leave_settings_and_map_as_they_are() -> None:
+    table = Table()
+    assert ready(table.status())["status"] == "True"
+    before = {key: table.live["ConfigMap", key]["data"] for key in ("berlin-settings", "berlin-derpmap")}
+    table.live["Secret", "berlin-keys"]["data"]["berlin-1.g1.crt"] = "YWJj"
+    found = table.status()
+    assert ready(found)["reason"] == "KeysDamaged"
+    assert found["inMap"] == "3/3"
+    assert {key: table.live["ConfigMap", key]["data"] for key in before} == before
 
 
 # -- Events

@@ -18,7 +18,7 @@ from derper.wire.frames import PeerGoneReason
 
 from .core import Bench, BenchClient, BenchLink, key
 
-KEYS = range(1, 6)
+KEYS = range(1, 4)  # few, so that they meet
 
 
 class Model:
@@ -264,7 +264,7 @@ class RouterMachine(RuleBasedStateMachine):
 
 
 TestRouter = RouterMachine.TestCase
-TestRouter.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestRouter.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
 
 
 @pytest.fixture
@@ -296,6 +296,26 @@ def test_a_key_that_is_still_in_the_region_is_not_gone(bench: Bench) -> None:
     assert told_gone(bob) == [alice.key]
 
 
+def test_a_key_that_leaves_a_peer_and_is_here_is_not_gone(bench: Bench) -> None:
+    alice, bob, link = bench.client(1), bench.client(2), BenchLink()
+    bench.router.add_forwarder(alice.key, link)
+    alice.feed(frames.send_packet(bob.key, b"hello"))
+    bob.received()
+    bench.router.remove_forwarder(alice.key, link)
+    assert bob.writes == []
+    bench.leave(alice)
+    assert told_gone(bob) == [alice.key]
+
+
+def test_a_key_can_be_gone_twice(bench: Bench) -> None:
+    bob = bench.client(2)
+    for _ in range(2):
+        alice = bench.client(1)
+        alice.feed(frames.send_packet(bob.key, b"hello"))
+        bench.leave(alice)
+        assert told_gone(bob) == [alice.key]
+
+
 def test_a_client_that_spoke_with_itself_leaves(bench: Bench) -> None:
     alice = bench.client(1)
     alice.feed(frames.send_packet(alice.key, b"hello"))
@@ -318,6 +338,16 @@ def test_who_spoke_last_gets_the_packets_of_a_key_used_twice(bench: Bench) -> No
     assert not old.session.is_duplicate
     assert (bench.router.duplicate_keys, bench.router.duplicate_connections) == (0, 0)
     assert bench.counters.total_dup_client_conns == 1
+
+
+def test_of_three_the_one_who_spoke_before_takes_over(bench: Bench) -> None:
+    first, second, third = (bench.client(1) for _ in range(3))
+    for speaker in (second, third, first, third):
+        speaker.feed(frames.ping(b"12345678"))
+    for leaver, heir in ((third, first), (first, second)):
+        bench.leave(leaver)
+        assert bench.router.active[key(1)] is heir.session
+    assert not second.session.is_duplicate
 
 
 def test_watchers_hear_of_keys_and_not_of_connections(bench: Bench) -> None:

@@ -17,6 +17,9 @@ from .policy import disruption_budget, network_policy, service_account
 from .services import mesh_service, pod_service
 from .statefulset import stateful_set
 
+Data = Mapping[str, bytes] | None
+"""The data of a Secret or ConfigMap; None if there is no such object."""
+
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
@@ -72,8 +75,16 @@ def _pod_services(region: Region, members: Sequence[str]) -> list[dict[str, Any]
     return [pod_service(region, pod, int(pod.rpartition("-")[2])) for pod in members]
 
 
-def config_hash(manifests: Sequence[Mapping[str, Any]], region: Region) -> str:
-    """Changes with the files that pods re-read; written to the pods, it makes the kubelet refresh them at once."""
+def config_hash(manifests: Sequence[Mapping[str, Any]], region: Region, given: Sequence[Data]) -> str:
+    """Changes with the files that pods re-read; written to the pods, it makes the kubelet refresh them at once.
+
+    `given` is what the user provides besides: it may come later than the pods.
+    """
     wanted = {("Secret", names.keys_secret(region.name)), ("ConfigMap", names.settings_map(region.name))}
-    data = [item["data"] for item in manifests if (item["kind"], item["metadata"]["name"]) in wanted]
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for item in manifests:
+        if (item["kind"], item["metadata"]["name"]) in wanted:
+            digest.update(json.dumps(item["data"], sort_keys=True).encode())
+    for data in given:
+        digest.update(repr(sorted(data.items()) if data is not None else None).encode())
+    return digest.hexdigest()[:16]
