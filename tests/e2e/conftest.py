@@ -1,0 +1,120 @@
+"""Fixtures of the end-to-end tests: one cluster with the demo for all of them, and real Tailscale clients."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
+
+import pytest
+
+from dev.cluster import binaries, prepare, processes, state
+from dev.cluster.lifecycle import Cluster
+from dev.cluster.steps import Steps, UnsupportedError
+from tests.interop.gobuild import Peers, build_peers
+
+from .kube import Kube
+from .tailnet import DEMO
+
+Report = Callable[[str], None]
+"""Prints a measurement, also when the test passes."""
+
+
+def _uncaptured(config: pytest.Config) -> AbstractContextManager[None]:
+    capture = config.pluginmanager.getplugin("capturemanager")
+    uncaptured: AbstractContextManager[None] = capture.global_and_fixture_disabled()
+    return uncaptured
+
+
+def _check_machine() -> None:
+    """Skip where there can be no embedded cluster. In CI a missing Go is a mistake of whoever set it up."""
+    try:
+        prepare.check_machine()
+    except UnsupportedError as lacking:
+        pytest.skip(str(lacking))
+    if shutil.which("go") is None and os.environ.get("CI") != "true":
+        pytest.skip("there is no `go` on the PATH; install Go 1.26 to run the end-to-end tests")
+
+
+def _demo(command: str) -> None:
+    """What `make demo` and `make demo-down` run, on the embedded cluster."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dev.demo", command],
+        cwd=state.repository(),
+        env=os.environ | {"CLUSTER": "embedded"},
+        stdin=subprocess.DEVNULL,
+    )
+    if done.returncode:
+        pytest.exit(f"`python -m dev.demo {command}` ended with status {done.returncode}", returncode=1)
+
+
+@pytest.fixture(scope="session")
+def kube(request: pytest.FixtureRequest) -> Iterator[Kube]:
+    """The cluster with the demo up, as `make demo` makes it. A cluster that is started here is also ended here, and
+    leaves nothing behind; one that was up before stays up."""
+    _check_machine()
+    paths = state.paths(os.environ)
+    was_up = bool(processes.find())
+    with _uncaptured(request.config):
+        print(f"\n==> e2e: {'using the running cluster' if was_up else 'starting a cluster'}", flush=True)
+        _demo("up")
+    yield Kube(binaries.KUBERNETES.directory(paths) / "kubectl", binaries.HELM.path(paths), paths.kubeconfig)
+    if was_up:
+        return
+    with _uncaptured(request.config):
+        print("\n==> e2e: taking the cluster down", flush=True)
+        _demo("down")
+    assert Cluster(paths, Steps()).leftovers() == []
+
+
+@pytest.fixture(scope="session")
+def peers(request: pytest.FixtureRequest, kube: Kube) -> Peers:
+    """Real Tailscale clients, built once into the cache."""
+
+    def step(text: str) -> None:
+        with _uncaptured(request.config):
+            print(f"\n==> e2e: {text}", flush=True)
+
+    return build_peers(step)
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest) -> Report:
+    def say(text: str) -> None:
+        with _uncaptured(request.config):
+            print(f"\n==> e2e: {request.node.name}: {text}", flush=True)
+
+    return say
+
+
+@pytest.fixture(autouse=True)
+async def demo_is_whole(kube: Kube) -> None:
+    """Every test finds the demo's region Ready, whatever the one before it did."""
+    await kube.ready(DEMO.name, DEMO.namespace)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With a failure, show what the cluster has to say."""
+    outcome = yield
+    found = getattr(item, "funcargs", {}).get("kube")
+    if outcome.failed and isinstance(found, Kube):
+        outcome.sections.append(("the cluster", asyncio.run(_look_around(found))))
+    return outcome
+
+
+async def _look_around(kube: Kube) -> str:
+    looks = (
+        ["get", "derpregion,pods", "-A", "-o", "wide"],
+        ["get", "events", "-A", "--sort-by=.lastTimestamp"],
+        ["logs", "-n", "derp-operator", "deployment/derp-operator", "--tail=60"],
+    )
+    seen = []
+    for arguments in looks:
+        done = await kube.command(kube.kubectl, *arguments)
+        seen.append("\n".join((done.out or done.err).splitlines()[-60:]))
+    return "\n\n".join(seen)
