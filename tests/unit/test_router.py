@@ -323,6 +323,13 @@ def test_a_client_that_spoke_with_itself_leaves(bench: Bench) -> None:
     assert not bench.router._interested
 
 
+def test_a_source_from_afar_is_forgotten_with_its_receiver(bench: Bench) -> None:
+    peer, bob = bench.client(9, mesh=True), bench.client(2)
+    peer.feed(frames.forward_packet(key(77), bob.key, b"hello"))
+    bench.leave(bob)
+    assert not bench.router._interested
+
+
 def test_who_spoke_last_gets_the_packets_of_a_key_used_twice(bench: Bench) -> None:
     old, sender, new = bench.client(1), bench.client(2), bench.client(1)
     for speaker, receiver in ((None, new), (old, old), (new, new)):

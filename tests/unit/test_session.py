@@ -122,6 +122,13 @@ def test_bounds_of_frames(kind: FrameType, shortest: int, longest: int) -> None:
         assert str(caught.value) == f"{kind.name} of {length} bytes; it has {shortest} to {longest}"
 
 
+def test_a_packet_that_is_too_long_reaches_nobody(bench: Bench) -> None:
+    alice, bob = bench.client(1), bench.client(2)
+    with pytest.raises(ProtocolError):
+        alice.feed(frames.send_packet(B, bytes(MAX + 1)))
+    assert bob.writes == []
+
+
 @pytest.mark.parametrize("kind", [0x00, 0x01, 0x02, 0x03, 0x05, 0x06, 0x08, 0x09, 0x13, 0x14, 0x15, 0x42, 0xFF])
 def test_unknown_frames_are_skipped(bench: Bench, kind: int) -> None:
     alice = bench.client(1)

@@ -1,0 +1,274 @@
+"""The doorman on a loopback socket: whom it lets in, whom it sends on, whom it turns away."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator
+
+import pytest
+from aiohttp import web
+
+from derper.net import doorman
+from derper.wire import frames, handshake
+from derper.wire.frames import FrameType
+from derper.wire.handshake import ClientInfo
+
+from .loopback import FAST, UPGRADE, LoopbackRelay, private, relay, until
+
+pytestmark = pytest.mark.both_loops
+ALICE = private(1)
+
+
+@pytest.fixture
+async def node() -> AsyncIterator[LoopbackRelay]:
+    async with relay() as running:
+        yield running
+
+
+def login(node: LoopbackRelay) -> bytes:
+    return handshake.client_info_frame(ALICE, node.public_key, ClientInfo())
+
+
+# -- to DERP
+
+
+async def test_upgrade(node: LoopbackRelay) -> None:
+    client = await node.connect()
+    client.send(UPGRADE)
+    assert await client.head() == (
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: DERP\r\nConnection: Upgrade\r\nDerp-Version: 2\r\n"
+        b"Derp-Public-Key: " + node.public_key.hex().encode() + b"\r\n\r\n"
+    )
+    assert await client.frame() == (FrameType.SERVER_KEY, frames.MAGIC + node.public_key)
+    client.send(login(node))
+    assert (await client.frame())[0] == FrameType.SERVER_INFO
+
+
+async def test_fast_start_with_everything_in_one_segment(node: LoopbackRelay) -> None:
+    client = await node.connect()
+    client.send(FAST, login(node), frames.send_packet(ALICE.public, b"hello"), frames.ping(b"12345678")[:7])
+    assert await client.frame() == (FrameType.SERVER_KEY, frames.MAGIC + node.public_key)
+    assert (await client.frame())[0] == FrameType.SERVER_INFO
+    assert await client.frame() == (FrameType.RECV_PACKET, ALICE.public + b"hello")
+    client.send(frames.ping(b"12345678")[7:])
+    assert await client.frame() == (FrameType.PONG, b"12345678")
+
+
+async def test_bytes_behind_an_ordinary_upgrade_are_kept(node: LoopbackRelay) -> None:
+    client = await node.connect()
+    client.send(UPGRADE, login(node), frames.ping(b"12345678"))
+    assert (await client.head()).startswith(b"HTTP/1.1 101 ")
+    assert [(await client.frame())[0] for _ in range(3)] == [
+        FrameType.SERVER_KEY,
+        FrameType.SERVER_INFO,
+        FrameType.PONG,
+    ]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /derp HTTP/1.1\r\nhost: x\r\nUPGRADE: derp\r\n\r\n",
+        b"GET /derp HTTP/1.1\r\nHost: x\r\nupgrade:DeRp\r\nConnection: keep-alive, Upgrade\r\n\r\n",
+        b"GET /derp?x=1 HTTP/1.1\r\nHost: x\r\nUpgrade: DERP\r\n\r\n",
+        b"GET /derp HTTP/1.0\r\nUpgrade: DERP\r\n\r\n",
+        b"GET /derp HTTP/1.1\r\nHost: x\r\nUpgrade: DERP\r\nDerp-Fast-Start: 0\r\n\r\n",
+    ],
+)
+async def test_other_spellings_of_an_upgrade(node: LoopbackRelay, head: bytes) -> None:
+    client = await node.connect()
+    client.send(head)
+    assert (await client.head()).startswith(b"HTTP/1.1 101 ")
+
+
+async def test_the_ideal_node_is_noted(node: LoopbackRelay) -> None:
+    client = await node.connect()
+    client.send(FAST[:-2] + b"Ideal-Node: 900a\r\n\r\n", login(node))
+    await client.frame()
+    await client.frame()
+    assert node.session(ALICE).not_ideal
+    assert node.hub.counters.current_notideal_connections == 1
+
+
+async def test_a_head_in_pieces(node: LoopbackRelay) -> None:
+    client = await node.connect(limit=1 << 16)
+    for byte in FAST:
+        client.send(bytes([byte]))
+        await client.writer.drain()
+    client.send(login(node))
+    await client.frame()
+    assert (await client.frame())[0] == FrameType.SERVER_INFO
+
+
+# -- turned away
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "body"),
+    [
+        (b"GET /derp HTTP/1.1\r\nHost: x\r\n\r\n", 426, b"DERP requires connection upgrade\n"),
+        (b"GET /derp HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\n\r\n", 426, b"DERP requires connection upgrade\n"),
+        (b"hello\r\n\r\n", 400, b"Bad Request\n"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", 400, b"Bad Request\n"),
+        (b"GET /derp HTTP/1.1\r\nno colon\r\n\r\n", 400, b"Bad Request\n"),
+        (b"GET /derp HTTP/1.1\r\n\r\n", 400, b"Bad Request\n"),  # no Host
+        (b"\r\n\r\n", 400, b"Bad Request\n"),
+        (b"GET / HTTP/1.1\r\nX: " + b"x" * 9000, 431, b"the request head is longer than 8 KiB\n"),
+        (b"x" * 9000, 431, b"the request head is longer than 8 KiB\n"),
+    ],
+)
+async def test_turned_away_in_one_sentence(node: LoopbackRelay, request_: bytes, status: int, body: bytes) -> None:
+    client = await node.connect()
+    client.send(request_)
+    answer = await client.rest()
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+    assert b"\r\nConnection: close\r\n" in answer
+    assert answer.endswith(b"\r\n\r\n" + body)
+    assert not node.hub.links
+
+
+async def test_the_longest_head(node: LoopbackRelay) -> None:
+    client = await node.connect()
+    start = UPGRADE[:-2] + b"X: "
+    client.send(start, b"x" * (doorman.HEAD_BYTES - len(start) - 4), b"\r\n\r\n")
+    assert (await client.head()).startswith(b"HTTP/1.1 101 ")
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /derp HTT", b"\x00"])
+async def test_who_does_not_finish_the_head_is_dropped(
+    node: LoopbackRelay, said: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doorman, "HEAD_SECONDS", 0.02)
+    client = await node.connect()
+    client.send(said)
+    assert await client.rest() == b""
+
+
+async def test_the_timer_ends_with_the_head(node: LoopbackRelay, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doorman, "HEAD_SECONDS", 0.02)
+    client, idle = await node.connect(), await node.connect()
+    client.send(FAST, login(node))
+    await client.frame()
+    await idle.rest()  # its timer came later
+    client.send(frames.ping(b"12345678"))
+    await client.frame()
+    assert await client.frame() == (FrameType.PONG, b"12345678")
+
+
+async def test_who_leaves_in_the_middle_of_the_head(node: LoopbackRelay) -> None:
+    client = await node.connect()
+    client.send(b"GET /derp HT")
+    await client.close()
+    other = await node.connect()
+    other.send(UPGRADE)
+    await other.head()  # by now the doorman has seen the first one go
+    assert len(node.hub.links) == 1
+
+
+# -- to aiohttp
+
+
+async def test_pipelined_requests(node: LoopbackRelay) -> None:
+    client = await node.connect()
+    challenge = b"GET /generate_204 HTTP/1.1\r\nHost: x\r\nX-Tailscale-Challenge: ts_abc-1.2:3\r\n\r\n"
+    client.send(challenge, b"GET /robots.txt HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /derp/pro")
+    head = await client.head()
+    assert head.startswith(b"HTTP/1.1 204 ")
+    assert b"\r\nX-Tailscale-Response: response ts_abc-1.2:3\r\n" in head
+    assert (await client.head()).startswith(b"HTTP/1.1 200 ")
+    assert await client.exactly(26) == b"User-agent: *\nDisallow: /\n"
+    client.send(b"be HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    answer = await client.rest()
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b"\r\nAccess-Control-Allow-Origin: *\r\n" in answer
+
+
+@pytest.mark.parametrize("challenge", [b"", b"a b", b"x" * 65, b"<script>", b"\xc3\xa4"])
+async def test_odd_challenges_are_not_repeated(node: LoopbackRelay, challenge: bytes) -> None:
+    client = await node.connect()
+    client.send(b"GET /generate_204 HTTP/1.1\r\nHost: x\r\nX-Tailscale-Challenge: " + challenge + b"\r\n\r\n")
+    head = await client.head()
+    assert head.startswith(b"HTTP/1.1 204 ")
+    assert b"X-Tailscale-Response" not in head
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        (b"GET", b"/", 200),
+        (b"GET", b"/derp/probe", 200),
+        (b"HEAD", b"/derp/latency-check", 200),
+        (b"POST", b"/derp/latency-check", 405),
+        (b"GET", b"/derp/other", 200),
+        (b"GET", b"/debug/", 200),
+    ],
+)
+async def test_pages(node: LoopbackRelay, method: bytes, path: bytes, status: int) -> None:
+    client = await node.connect()
+    client.send(method + b" " + path + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    answer = await client.rest()
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+    assert b"\r\nServer:" not in answer
+    assert b"aiohttp" not in answer.lower()
+
+
+async def test_a_body_that_comes_later_reaches_its_handler() -> None:
+    bodies: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def keep(request: web.Request) -> web.Response:
+        bodies.put_nowait(await request.read())
+        return web.Response(text="kept")
+
+    app = web.Application()
+    app.router.add_post("/keep", keep)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    async with relay() as node:
+        reception = doorman.Reception(node.hub, runner.server)  # type: ignore[arg-type]
+        node.listener._protocol = lambda: doorman.Doorman(reception)
+        client = await node.connect()
+        client.send(b"POST /keep HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n12345")
+        await until(lambda: runner.server is not None and runner.server.connections)
+        client.send(b"67890")
+        assert (await client.head()).startswith(b"HTTP/1.1 200 ")
+        assert bodies.get_nowait() == b"1234567890"
+    await runner.cleanup()
+
+
+async def test_without_derp() -> None:
+    async with relay(serve_derp=False) as node:
+        client = await node.connect()
+        client.send(UPGRADE[:-2], b"Connection: close\r\n\r\n")
+        answer = await client.rest()
+        assert answer.startswith(b"HTTP/1.1 404 ")
+        assert answer.endswith(b"\r\n\r\nderp server disabled\n")
+
+
+@pytest.mark.parametrize(
+    ("home", "status", "location"),
+    [("", 200, b""), ("blank", 200, b""), ("https://example.com/", 302, b"https://example.com/")],
+)
+async def test_home_page(home: str, status: int, location: bytes) -> None:
+    async with relay(home=home) as node:
+        client = await node.connect()
+        client.send(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        answer = await client.rest()
+        assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+        assert (b"Location: " + location in answer) == bool(location)
+
+
+async def test_through_tls() -> None:
+    """The hand-over is the same on a TLS transport, and the upgrade with early bytes too."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    async with relay(tls=True) as node:
+        page = await node.connect(ssl=context)
+        page.send(b"GET /robots.txt HTTP/1.1\r\nHost: x\r\n\r\nGET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert (await page.rest()).count(b"HTTP/1.1 200 ") == 2
+        client = await node.connect(ssl=context)
+        client.send(FAST, login(node), frames.ping(b"12345678"))
+        await client.frame()
+        await client.frame()
+        assert await client.frame() == (FrameType.PONG, b"12345678")
