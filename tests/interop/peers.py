@@ -259,8 +259,9 @@ class TailnetHarness:
         for name in self._names:
             node = TailnetNode(self._binary, name, url, self._workdir, self._env)
             self.nodes[name] = await self._stack.enter_async_context(node)
-        for name in self._names:
+        for name, node in self.nodes.items():
             await self.connected(name)
+            await node.command("await_peers", count=len(self._names) - 1)
 
     async def set_map(self, derp_map: DERPMap, node: str | None = None) -> None:
         """Hand out a new DERP map, to one node or to all; returns when they have it (they act on it afterwards)."""

@@ -146,6 +146,8 @@ func (n *node) handle(r *request) {
 		n.stopTraffic(r)
 	case "await_map":
 		go func() { r.reply(nil, n.awaitMap(r)) }()
+	case "await_peers":
+		go func() { r.reply(nil, n.awaitPeers(r)) }()
 	case "status":
 		go func() { r.reply(n.status()) }()
 	default:
@@ -153,7 +155,7 @@ func (n *node) handle(r *request) {
 	}
 }
 
-// awaitMap returns when the client uses the given DERP map. The client tells nobody, so it is asked again and again.
+// awaitMap returns when the client uses the given DERP map.
 func (n *node) awaitMap(r *request) error {
 	var a struct {
 		Map *tailcfg.DERPMap `json:"map"`
@@ -161,15 +163,43 @@ func (n *node) awaitMap(r *request) error {
 	if err := r.decode(&a); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	return until(func(ctx context.Context) (bool, error) {
+		now, err := n.local.CurrentDERPMap(ctx)
+		return err == nil && reflect.DeepEqual(now.Regions, a.Map.Regions), err
+	})
+}
+
+// awaitPeers returns when the client knows the home regions of so many peers. What it sends to a peer before is lost,
+// and a lost handshake is repeated after five seconds.
+func (n *node) awaitPeers(r *request) error {
+	var a struct {
+		Count int `json:"count"`
+	}
+	if err := r.decode(&a); err != nil {
+		return err
+	}
+	return until(func(ctx context.Context) (bool, error) {
+		status, err := n.local.Status(ctx)
+		if err != nil {
+			return false, err
+		}
+		known := 0
+		for _, p := range status.Peer {
+			if p.Relay != "" {
+				known++
+			}
+		}
+		return known == a.Count, nil
+	})
+}
+
+// until asks the client again and again, for it tells nobody.
+func until(holds func(context.Context) (bool, error)) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
 	defer cancel()
 	for {
-		now, err := n.local.CurrentDERPMap(ctx)
-		if err != nil {
+		if ok, err := holds(ctx); ok || err != nil {
 			return err
-		}
-		if reflect.DeepEqual(now.Regions, a.Map.Regions) {
-			return nil
 		}
 		time.Sleep(5 * time.Millisecond)
 	}
