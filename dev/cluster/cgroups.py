@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path("/sys/fs/cgroup")
@@ -31,14 +32,14 @@ def create(name: str) -> None:
                 (group / knob).write_text((hierarchy / knob).read_text())
 
 
-def leftovers() -> list[Path]:
-    """Groups of nodes that exist, the outermost only."""
-    return [group for hierarchy in hierarchies() for group in sorted(hierarchy.glob("derp-node*"))]
+def find(pattern: str = "derp-node*") -> list[Path]:
+    """The groups of nodes that exist, the outermost only."""
+    return [group for hierarchy in hierarchies() for group in sorted(hierarchy.glob(pattern))]
 
 
-def remove() -> None:
-    """Remove the nodes' groups, the innermost first; their processes must have ended."""
-    for outermost in leftovers():
+def remove(groups: Iterable[Path]) -> None:
+    """Remove these groups and all in them, the innermost first; their processes must have ended."""
+    for outermost in groups:
         inner = [path for path in outermost.rglob("*") if path.is_dir()]
         for group in [*sorted(inner, key=lambda path: len(path.parts), reverse=True), outermost]:
             group.rmdir()

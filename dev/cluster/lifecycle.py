@@ -174,7 +174,7 @@ class Cluster:
         # The nodes first, whole; then what runs on the host. At once: the data goes too, so nobody needs to save any.
         processes.end([process for process in processes.find() if process.is_init], signal.SIGKILL)
         processes.end(processes.find(), signal.SIGKILL)
-        cgroups.remove()
+        cgroups.remove(cgroups.find())
         for path in self._remembered_mount_points():
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
@@ -198,7 +198,7 @@ class Cluster:
             *(f"mount {mount}" for mount in mounts if Path(mount).is_relative_to(self._paths.state)),
             *(f"interface {name}" for name in network.links()),
             *(f"route {route}" for route in network.routes()),
-            *(f"cgroup {group}" for group in cgroups.leftovers()),
+            *(f"cgroup {group}" for group in cgroups.find()),
             *(f"iptables chain {name}" for name in network.chains()),
             *([f"directory {self._paths.state}"] if self._paths.state.exists() else []),
         ]

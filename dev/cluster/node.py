@@ -104,6 +104,8 @@ def create_mount_points() -> list[Path]:
 
 def start(node: Node, directory: Path) -> None:
     """Start the node and return when its containerd answers."""
+    # The kubelet would wait seconds for every container of the node's former life whose group it finds.
+    cgroups.remove(cgroups.find(node.cgroup))
     cgroups.create(node.cgroup)
     cut_cable(node)
     argv: list[str | Path] = [*UNSHARE, sys.executable, "-I", node_init.__file__, directory / "plan.json"]

@@ -40,7 +40,7 @@ def start(role: str, argv: Sequence[str | Path], *, log: Path) -> subprocess.Pop
             stdout=output,
             stderr=output,
             cwd="/",
-            env={ROLE: role, "PATH": os.environ.get("PATH", os.defpath), "HOME": "/root"},
+            env={ROLE: role, "PATH": os.environ.get("PATH", os.defpath), "HOME": "/"},
             start_new_session=True,
         )
 

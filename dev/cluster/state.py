@@ -54,7 +54,7 @@ def paths(environ: Mapping[str, str]) -> Paths:
     """The cache directory: $DERP_CACHE, else derp-regions in the user's cache directory."""
     if chosen := environ.get("DERP_CACHE"):
         return Paths(Path(chosen).absolute())
-    base = environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME", "/root")) / ".cache"
+    base = environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME", "/")) / ".cache"
     return Paths(Path(base).absolute() / "derp-regions")
 
 

@@ -131,7 +131,7 @@ class Current:
 
     @property
     def kubeconfig(self) -> Path:
-        home = Path(self.environ.get("HOME", "/root"))
+        home = Path(self.environ.get("HOME", "/"))
         return Path(self.environ.get("KUBECONFIG") or home / ".kube" / "config")
 
     @property
