@@ -74,7 +74,7 @@ class RegionReport:
 
 def main(arguments: Sequence[str]) -> int:
     """Entry point of ``derper probe``."""
-    options = _parse(arguments)
+    options = parse_options(arguments)
     try:
         return asyncio.run(_run(options))
     except ProbeError as error:
@@ -82,7 +82,8 @@ def main(arguments: Sequence[str]) -> int:
         return 2
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of ``derper probe``; argparse ends the process for wrong ones."""
     parser = argparse.ArgumentParser(prog="derper probe", description="Check every node of a DERP map and its mesh.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--map", type=Path, metavar="FILE", help="a map in JSON, or YAML as Headscale reads it")
