@@ -8,6 +8,7 @@ import re
 import resource
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,13 +58,20 @@ def describe() -> list[str]:
 
 def cpu_seconds(pid: int) -> float:
     """CPU time so far of a process and its living children, from the scheduler (/proc/PID/stat counts 10 ms ticks)."""
-    threads = (thread for process in family(pid) for thread in (PROC / str(process) / "task").iterdir())
-    return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
+    nanoseconds = 0
+    for process in family(pid):
+        with suppress(OSError):  # threads and children may end meanwhile
+            for thread in (PROC / str(process) / "task").iterdir():
+                nanoseconds += int((thread / "schedstat").read_text().split()[0])
+    return nanoseconds / 1e9
 
 
 def resident_bytes(pid: int) -> int:
     """Resident memory of a process and its children."""
-    pages = sum(int((PROC / str(process) / "statm").read_text().split()[1]) for process in family(pid))
+    pages = 0
+    for process in family(pid):
+        with suppress(OSError):
+            pages += int((PROC / str(process) / "statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -71,8 +79,9 @@ def family(pid: int) -> Iterator[int]:
     """A process, its children, theirs, and so on."""
     yield pid
     for listing in (PROC / str(pid) / "task").glob("*/children"):
-        for child in listing.read_text().split():
-            yield from family(int(child))
+        with suppress(OSError):
+            for child in listing.read_text().split():
+                yield from family(int(child))
 
 
 def sample(cores: Cores) -> CpuTime:

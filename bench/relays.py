@@ -78,7 +78,10 @@ def ours() -> Build:
 
 @contextmanager
 def running(build: Build, *, core: int) -> Iterator[Relay]:
-    """A relay on a free port of 127.0.0.1, ready for clients. Raises BenchError with its last words if it ends."""
+    """A relay on a free port of 127.0.0.1, ready for clients.
+
+    Raises BenchError with the relay's last words if it ends before the block does.
+    """
     with tempfile.TemporaryDirectory(prefix="derp-bench-") as folder, Path(folder, "log").open("w+b") as log:
         key = PrivateKey.generate()
         key_file = Path(folder, "derper.key")
@@ -91,18 +94,26 @@ def running(build: Build, *, core: int) -> Iterator[Relay]:
         started = time.monotonic()
         command = [*build.command, *arguments]
         with pinned(command, core=core, env=environment, stdout=subprocess.DEVNULL, stderr=log) as process:
-            _wait_for(process, port, build.side, log.name)
-            yield Relay(process.pid, port, bytes(key.public_key), time.monotonic() - started)
+            try:
+                _wait_for(process, port)
+                yield Relay(process.pid, port, bytes(key.public_key), time.monotonic() - started)
+            finally:
+                if process.poll() is not None:
+                    raise BenchError(f"the relay `{build.side}` ended: {_last_words(Path(log.name))}")
 
 
-def _wait_for(process: subprocess.Popen[bytes], port: int, side: str, log: str) -> None:
+def _wait_for(process: subprocess.Popen[bytes], port: int) -> None:
     deadline = time.monotonic() + START_LIMIT
-    while time.monotonic() < deadline and process.poll() is None:
+    while process.poll() is None:
         with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
             return
+        if time.monotonic() > deadline:
+            raise BenchError(f"a relay did not listen on port {port} within {START_LIMIT:.0f} s")
         time.sleep(0.002)
-    words = Path(log).read_text(errors="replace").strip().splitlines()[-5:]
-    raise BenchError(f"the relay `{side}` did not start on port {port}: " + (" / ".join(words) or "it said nothing"))
+
+
+def _last_words(log: Path) -> str:
+    return " / ".join(log.read_text(errors="replace").strip().splitlines()[-5:]) or "it said nothing"
 
 
 def _free_port() -> int:
