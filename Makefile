@@ -37,7 +37,7 @@ demo-down: venv ## end what make demo started, and leave nothing behind
 	@$(RUN) dev.demo down
 
 kubeconfig: $(VENV)/.ready ## the path of the demo cluster's kubeconfig (make -s kubeconfig)
-	@$(RUN) dev.cluster kubeconfig
+	@$(RUN) dev.demo kubeconfig
 
 region: venv ## a region of three relays on this machine, without a cluster
 	@$(BIN)/derper region
