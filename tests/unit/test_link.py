@@ -1,0 +1,546 @@
+"""DERP links on loopback sockets: login, admission, limits, clients that misbehave, and what is left of them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import socket
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from derper.net import link as link_module
+from derper.net.admission import Address, Admission
+from derper.net.doorman import Doorman, Reception
+from derper.net.hub import Hub, MeshKeys, _Wheel
+from derper.relay.admission import AdmissionPolicy
+from derper.relay.limits import Limits
+from derper.wire import frames, handshake
+from derper.wire.frames import HEADER, FrameType
+from derper.wire.handshake import ClientInfo
+from derper.wire.keys import MeshKey, NodePrivate, NodePublic
+
+from .core import Bench, events_of
+from .loopback import FAST, LoopbackRelay, RawClient, private, relay, until
+from .streams import cuts
+
+pytestmark = pytest.mark.both_loops
+ALICE, BOB, CAROL = private(1), private(2), private(3)
+MESH_KEY = MeshKey(b"\xab" * 32)
+
+
+@pytest.fixture
+async def node() -> AsyncIterator[LoopbackRelay]:
+    async with relay() as running:
+        yield running
+
+
+async def logged_in(node: LoopbackRelay, key: NodePrivate, info: ClientInfo | None = None, **options: Any) -> RawClient:
+    client = await node.connect(**options)
+    await client.login(key, node.public_key, info)
+    return client
+
+
+def login_frame(node: LoopbackRelay, key: NodePrivate = ALICE, info: ClientInfo | None = None) -> bytes:
+    return handshake.client_info_frame(key, node.public_key, info or ClientInfo())
+
+
+# -- the login
+
+
+async def test_who_does_not_log_in_is_dropped(node: LoopbackRelay, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "LOGIN_SECONDS", 0.02)
+    client = await node.connect()
+    client.send(FAST, login_frame(node)[:50])
+    assert await client.rest() == handshake.server_key_frame(node.public_key)
+    assert node.hub.counters.protocol_errors == 1
+
+
+async def test_the_login_timer_ends_with_the_login(node: LoopbackRelay, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "LOGIN_SECONDS", 0.02)
+    client = await logged_in(node, ALICE)
+    idle = await node.connect()
+    idle.send(FAST)
+    await idle.rest()
+    client.send(frames.ping(b"12345678"))
+    assert await client.frame() == (FrameType.PONG, b"12345678")
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        frames.ping(b"12345678"),
+        b"GET / HTTP/1.1\r\n",
+        HEADER.pack(FrameType.CLIENT_INFO, 0xFFFFFFFF),
+        HEADER.pack(FrameType.CLIENT_INFO, (256 << 10) + 1),
+        frames.frame(FrameType.CLIENT_INFO, bytes(55)),
+        frames.frame(FrameType.CLIENT_INFO, bytes(200)),
+        bytes(5),
+    ],
+    ids=["ping", "http", "4 GiB", "256 KiB + 1", "short", "zeros", "type 0"],
+)
+async def test_a_login_that_is_none(node: LoopbackRelay, first: bytes) -> None:
+    client = await node.connect()
+    client.send(FAST, first)
+    assert await client.rest() == handshake.server_key_frame(node.public_key)
+    assert node.hub.counters.protocol_errors == 1
+    assert not node.hub.router.active
+
+
+async def test_the_longest_login(node: LoopbackRelay) -> None:
+    overhead = len(login_frame(node, info=ClientInfo(app_name="x"))) - 1
+    info = ClientInfo(app_name="x" * ((256 << 10) + 5 - overhead))
+    frame = login_frame(node, info=info)
+    assert len(frame) == (256 << 10) + 5
+    client = await node.connect()
+    client.send(FAST, frame, frames.send_packet(ALICE.public, bytes(64 << 10)), frames.ping(b"12345678"))
+    assert [(await client.frame())[0] for _ in range(4)] == [
+        FrameType.SERVER_KEY,
+        FrameType.SERVER_INFO,
+        FrameType.RECV_PACKET,
+        FrameType.PONG,
+    ]
+
+
+async def test_packets_between_clients(node: LoopbackRelay) -> None:
+    alice, bob = await logged_in(node, ALICE), await logged_in(node, BOB)
+    packets = [os.urandom(size) for size in (0, 1, 1280, 64 << 10, 100)] * 5
+    alice.send(*(frames.send_packet(BOB.public, packet) for packet in packets))
+    for packet in packets:
+        assert await bob.frame() == (FrameType.RECV_PACKET, ALICE.public + packet)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        HEADER.pack(FrameType.SEND_PACKET, 0xFFFFFFFF),
+        frames.frame(FrameType.SEND_PACKET, bytes(31)),
+        frames.watch_conns(),
+        frames.ping(bytes(1001)),
+    ],
+    ids=["4 GiB packet", "short packet", "watch", "long ping"],
+)
+async def test_garbage_ends_one_connection_and_no_other(node: LoopbackRelay, garbage: bytes) -> None:
+    alice, mallory = await logged_in(node, ALICE), await logged_in(node, BOB)
+    mallory.send(garbage)
+    assert await mallory.rest() == b""
+    assert node.hub.counters.protocol_errors == 1
+    alice.send(frames.send_packet(ALICE.public, b"still here"))
+    assert await alice.frame() == (FrameType.RECV_PACKET, ALICE.public + b"still here")
+    assert list(node.hub.router.active) == [ALICE.public]
+
+
+async def test_an_unknown_frame_of_4_gib_is_not_kept(node: LoopbackRelay) -> None:
+    alice = await logged_in(node, ALICE)
+    alice.send(HEADER.pack(0x42, 0xFFFFFFFF))
+    for _ in range(64):
+        alice.send(bytes(64 << 10))
+        await alice.writer.drain()
+    (link,) = node.hub.links
+    await until(lambda: node.session(ALICE)._skip == 0xFFFFFFFF - 64 * (64 << 10))
+    assert link._tail == b""
+
+
+async def test_a_relay_survives_clients_that_break_off_anywhere(node: LoopbackRelay) -> None:
+    stream = FAST + login_frame(node) + frames.send_packet(ALICE.public, b"hello") + frames.ping(b"12345678")
+    for length in range(0, len(stream), 7):
+        client = await node.connect()
+        client.send(stream[:length])
+        if length % 2:
+            client.writer.transport.abort()
+        else:
+            await client.close()
+    survivor = await logged_in(node, BOB)
+    survivor.send(frames.ping(b"12345678"))
+    assert await survivor.frame() == (FrameType.PONG, b"12345678")
+    await until(lambda: len(node.hub.links) == 1)
+
+
+# -- admission
+
+
+class AskedAdmission(Admission):
+    """Answers when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__(AdmissionPolicy())
+        self.asked: asyncio.Queue[tuple[NodePublic, Address, Callable[[str | None], None]]] = asyncio.Queue()
+
+    def ask(self, key: NodePublic, source: Address, answered: Callable[[str | None], None]) -> None:
+        self.asked.put_nowait((key, source, answered))
+
+
+async def test_bytes_wait_for_the_admission() -> None:
+    admission = AskedAdmission()
+    async with relay(admission=admission) as node:
+        client = await node.connect()
+        client.send(FAST, login_frame(node), frames.send_packet(ALICE.public, b"1"), frames.ping(b"12345678")[:6])
+        key, source, answered = await admission.asked.get()
+        assert (key, str(source)) == (ALICE.public, "127.0.0.1")
+        client.send(frames.ping(b"12345678")[6:], frames.send_packet(ALICE.public, b"2"))
+        await client.frame()
+        assert not node.hub.router.active
+        answered(None)
+        assert (await client.frame())[0] == FrameType.SERVER_INFO
+        assert await client.frame() == (FrameType.RECV_PACKET, ALICE.public + b"1")
+        assert await client.frame() == (FrameType.PONG, b"12345678")
+        assert await client.frame() == (FrameType.RECV_PACKET, ALICE.public + b"2")
+
+
+async def test_a_refused_client_learns_nothing() -> None:
+    admission = AskedAdmission()
+    async with relay(admission=admission) as node:
+        client = await node.connect()
+        client.send(FAST, login_frame(node))
+        (await admission.asked.get())[2]("it is on no list of admitted keys")
+        assert await client.rest() == handshake.server_key_frame(node.public_key)
+        assert node.hub.counters.protocol_errors == 1
+        assert node.hub.counters.current_connections == 0
+
+
+async def test_an_answer_for_a_client_that_left() -> None:
+    admission = AskedAdmission()
+    async with relay(admission=admission) as node:
+        for refusal in (None, "no"):
+            client = await node.connect()
+            client.send(FAST, login_frame(node))
+            answered = (await admission.asked.get())[2]
+            (link,) = node.hub.links
+            link.abort()
+            await until(lambda: not node.hub.links)
+            answered(refusal)
+            assert not node.hub.router.active
+
+
+async def test_the_answer_comes_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "LOGIN_SECONDS", 0.02)
+    admission = AskedAdmission()
+    async with relay(admission=admission) as node:
+        client = await node.connect()
+        client.send(FAST, login_frame(node))
+        answered = (await admission.asked.get())[2]
+        await client.rest()
+        answered(None)
+        assert not node.hub.router.active
+
+
+async def test_a_flood_while_the_admission_is_asked_is_not_read() -> None:
+    admission = AskedAdmission()
+    async with relay(admission=admission) as node:
+        client = await node.connect()
+        client.send(FAST, login_frame(node))
+        answered = (await admission.asked.get())[2]
+        packet = frames.send_packet(ALICE.public, bytes(1000))
+        client.send(packet * 4000)
+        answered(None)
+        await client.frame()
+        await client.frame()
+        for _ in range(4000):
+            kind, payload = await client.frame()
+            assert (kind, len(payload)) == (FrameType.RECV_PACKET, 1032)
+
+
+async def test_mesh_peers_need_no_admission() -> None:
+    seen: list[tuple[bytes, str]] = []
+    async with relay(admission=AskedAdmission()) as node:
+        node.hub.mesh_keys = MeshKeys(MeshKey(bytes(31) + b"\x01"), (MeshKey(bytes(31) + b"\x01"), MESH_KEY))
+        node.hub.mesh_peer_seen = lambda key, host: seen.append((key, host))
+        peer = await logged_in(node, ALICE, ClientInfo(mesh_key=MESH_KEY))
+        peer.send(frames.watch_conns())
+        assert (await peer.frame())[0] == FrameType.PEER_PRESENT
+        assert seen == [(ALICE.public, "127.0.0.1")]
+
+
+async def test_a_wrong_mesh_key_makes_an_ordinary_client(node: LoopbackRelay) -> None:
+    for keys in (None, MeshKeys(MESH_KEY, (MESH_KEY,))):
+        node.hub.mesh_keys = keys
+        client = await logged_in(node, ALICE, ClientInfo(mesh_key=MeshKey(b"\xac" * 32)))
+        assert not node.session(ALICE).can_mesh
+        client.send(frames.watch_conns())
+        assert await client.rest() == b""
+
+
+# -- limits
+
+
+async def test_a_client_over_its_rate_is_read_more_slowly() -> None:
+    limits = Limits(client_bytes_per_second=2_000_000, client_burst_bytes=1)
+    async with relay(limits=limits) as node:
+        alice, bob = await logged_in(node, ALICE), await logged_in(node, BOB)
+        started = asyncio.get_running_loop().time()
+        count = 300
+        alice.send(frames.send_packet(BOB.public, bytes(1000)) * count)
+        for _ in range(count):
+            await bob.frame()
+        took = asyncio.get_running_loop().time() - started
+        assert node.hub.counters.rate_limit_waits > 0
+        # What is over the burst of one largest frame takes its time; the last read may still be unpaid.
+        assert took > (count * 1037 - 65_568 - (256 << 10)) / 2_000_000
+        node.hub.set_limits(Limits())
+        assert node.session(ALICE).throttle(1 << 30, 0.0) == 0.0
+
+
+async def test_a_client_that_leaves_while_it_is_throttled() -> None:
+    async with relay(limits=Limits(client_bytes_per_second=1)) as node:
+        alice = await logged_in(node, ALICE)
+        alice.send(frames.send_packet(BOB.public, bytes(60_000)) * 3)
+        await until(lambda: node.hub.counters.rate_limit_waits)
+        (link,) = node.hub.links
+        assert not link._transport.is_reading()
+        link.abort()
+        await until(lambda: not node.hub.links)
+
+
+async def stalled(node: LoopbackRelay, key: NodePrivate, info: ClientInfo | None = None) -> RawClient:
+    """A client that has logged in and reads no more."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", node.listener.port))
+    client = RawClient(*await asyncio.open_connection(sock=sock))
+    node.raw_clients.append(client)
+    await client.login(key, node.public_key, info)
+    transport: Any = client.writer.transport
+    transport.pause_reading()
+    return client
+
+
+async def test_a_client_that_does_not_read_costs_nobody_else() -> None:
+    async with relay() as node:
+        alice, carol = await logged_in(node, ALICE), await logged_in(node, CAROL)
+        await stalled(node, BOB)
+        session, counters = node.session(BOB), node.hub.counters
+        while session.paused_since is None:
+            alice.send(*[frames.send_packet(BOB.public, bytes(60_000))] * 10, frames.send_packet(CAROL.public, b"turn"))
+            assert await carol.frame() == (FrameType.RECV_PACKET, ALICE.public + b"turn")
+        alice.send(*[frames.send_packet(BOB.public, bytes(1000))] * 100, frames.send_packet(CAROL.public, b"last"))
+        assert await carol.frame() == (FrameType.RECV_PACKET, ALICE.public + b"last")
+        assert len(session._queue) == 32
+        assert sum(counters.packets_dropped.values()) >= 68
+        (link,) = node.hub.paused
+        link.check_stall(session.paused_since + 2.0)
+        assert not link._transport.is_closing()
+        link.check_stall(session.paused_since + 2.1)
+        await until(lambda: BOB.public not in node.hub.router.active)
+        assert counters.write_timeouts == 1
+        assert not node.hub.paused
+        assert counters.packets_received == (
+            counters.packets_sent + sum(counters.packets_dropped.values()) + counters.packets_forwarded_out
+        )
+        alice.send(frames.send_packet(CAROL.public, b"after"))
+        assert await carol.frame() == (FrameType.RECV_PACKET, ALICE.public + b"after")
+
+
+async def test_a_client_that_reads_again_gets_the_newest_packets() -> None:
+    async with relay() as node:
+        alice = await logged_in(node, ALICE)
+        bob = await stalled(node, BOB)
+        session, number = node.session(BOB), 0
+        while session.paused_since is None or len(session._queue or ()) < 32:
+            alice.send(frames.send_packet(BOB.public, number.to_bytes(4, "big") + bytes(50_000)), frames.ping(bytes(8)))
+            assert (await alice.frame())[0] == FrameType.PONG
+            number += 1
+        transport: Any = bob.writer.transport
+        transport.resume_reading()
+        numbers: list[int] = []
+        while not numbers or numbers[-1] != number - 1:
+            kind, payload = await bob.frame()
+            assert kind == FrameType.RECV_PACKET
+            numbers.append(int.from_bytes(payload[32:36], "big"))
+        assert numbers == sorted(numbers)
+        assert numbers[-32:] == list(range(number - 32, number))
+        assert len(numbers) + sum(node.hub.counters.packets_dropped.values()) == number
+
+
+async def test_mesh_peers_may_stall_for_longer() -> None:
+    async with relay() as node:
+        node.hub.mesh_keys = MeshKeys(MESH_KEY, (MESH_KEY,))
+        await stalled(node, ALICE, ClientInfo(mesh_key=MESH_KEY))
+        (link,) = node.hub.links
+        link.pause_writing()
+        session = node.session(ALICE)
+        link.check_stall(session.paused_since + 29.0)
+        assert not link._transport.is_closing()
+        link.check_stall(session.paused_since + 30.1)
+        await until(lambda: not node.hub.links)
+
+
+async def test_no_write_timeout() -> None:
+    async with relay(limits=Limits(write_timeout=0.0)) as node:
+        await logged_in(node, ALICE)
+        (link,) = node.hub.links
+        link.pause_writing()
+        link.check_stall(1e9)
+        assert not link._transport.is_closing()
+        link.resume_writing()
+        assert not node.hub.paused
+
+
+async def test_the_tick_drops_stalled_clients_and_keeps_others_alive() -> None:
+    async with relay() as node:
+        alice = await logged_in(node, ALICE)
+        await logged_in(node, BOB)
+        hub = node.hub
+        (stalling,) = [link for link in hub.links if link.session is not None and link.session.key == BOB.public]
+        stalling.pause_writing()
+        assert stalling.session is not None
+        stalling.session.paused_since = hub.clock() - 3.0
+        for _ in range(65):
+            assert hub._timer is not None
+            hub._timer.cancel()
+            hub._tick()
+        assert await alice.frame() == (FrameType.KEEP_ALIVE, b"")
+        await until(lambda: BOB.public not in hub.router.active)
+
+
+@pytest.mark.parametrize("jitter", range(6))
+def test_keep_alives_come_once_in_60_to_65_seconds(jitter: int) -> None:
+    wheel, session = _Wheel(), Bench().client(1).session
+    wheel.add(session, jitter)
+    due = [second for second in range(1, 1000) if session in list(wheel.turn())]
+    assert due == list(range(60 + jitter, 1000, 60 + jitter))
+    wheel.remove(session)
+    assert not any(wheel.slots)
+    assert not wheel.places
+
+
+# -- any split of the login and what follows, without sockets
+
+
+class FakeTransport(asyncio.Transport):
+    """Hands bytes to the protocol as a loop does, and keeps what it writes."""
+
+    def __init__(self) -> None:
+        super().__init__({"peername": ("192.0.2.1", 1)})
+        self.protocol: asyncio.BaseProtocol
+        self.written = b""
+        self.closed = False
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self.protocol = protocol
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        pass
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.written += bytes(data)
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def abort(self) -> None:
+        self.closed = True
+
+    close = abort
+
+    def deliver(self, data: bytes) -> None:
+        while data and not self.closed:
+            protocol = self.protocol
+            if isinstance(protocol, asyncio.BufferedProtocol):
+                buffer = memoryview(protocol.get_buffer(-1))
+                count = min(len(buffer), len(data))
+                assert count
+                buffer[:count] = data[:count]
+                protocol.buffer_updated(count)
+                data = data[count:]
+            else:
+                assert isinstance(protocol, asyncio.Protocol)
+                protocol.data_received(data)
+                return
+
+
+def conversation(pieces: list[bytes]) -> tuple[bool, list[object]]:
+    """What a client gets for these bytes: whether it was closed, and the events behind the login."""
+    hub = Hub(private(0xF0), Admission(AdmissionPolicy(is_open=True)), rng=random.Random(1))
+    transport = FakeTransport()
+    first = Doorman(Reception(hub, asyncio.Protocol))
+    transport.set_protocol(first)
+    first.connection_made(transport)
+    for piece in pieces:
+        transport.deliver(piece)
+    written, closed = transport.written, transport.closed
+    if isinstance(transport.protocol, asyncio.BufferedProtocol):
+        transport.protocol.connection_lost(None)
+        assert not hub.links
+        assert not hub.router.active
+    else:
+        first.connection_lost(None)
+    greeting = handshake.server_key_frame(hub.private_key.public)
+    if not written.startswith(greeting) or len(written) == len(greeting):
+        return closed, [written]
+    behind = written[len(greeting) :]
+    length = HEADER.size + HEADER.unpack_from(behind)[1]
+    return closed, list(events_of(behind[length:]))
+
+
+FRAMES = st.one_of(
+    st.tuples(st.sampled_from([ALICE.public, BOB.public]), st.binary(max_size=90)).map(
+        lambda pair: frames.send_packet(*pair)
+    ),
+    st.binary(min_size=8, max_size=20).map(frames.ping),
+    st.binary(max_size=60).map(lambda body: frames.frame(0x99, body)),
+    st.just(frames.watch_conns()),
+)
+LOGIN = handshake.client_info_frame(ALICE, private(0xF0).public, ClientInfo())
+
+
+async def test_any_split_gives_the_same_conversation() -> None:
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        stream = FAST + LOGIN + b"".join(data.draw(st.lists(FRAMES, max_size=6)))
+        assert conversation(data.draw(cuts(stream))) == conversation([stream])
+
+    check()
+
+
+async def test_any_bytes_are_answered_or_close_the_connection() -> None:
+    """And no other exception leaves the callbacks."""
+
+    @given(st.lists(st.binary(max_size=60), max_size=5), st.sampled_from([b"", FAST[:-2], FAST, FAST + LOGIN[:5]]))
+    def check(pieces: list[bytes], start: bytes) -> None:
+        conversation([start, *pieces])
+
+    check()
+
+
+# -- nothing is left
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors in /proc")
+@pytest.mark.parametrize("tls", [False, True])
+async def test_a_thousand_clients_leave_nothing(tls: bool) -> None:
+    async with relay(tls=tls) as node:
+        keys = [private(number) for number in range(1, 11)]
+
+        async def come_and_go(key: NodePrivate, rounds: int) -> None:
+            for number in range(rounds):
+                if tls:
+                    client = await node.dial(key)
+                    client.send(keys[number % 10].public, b"hello")
+                    await client.close()
+                    continue
+                reader, writer = await asyncio.open_connection("127.0.0.1", node.listener.port)
+                raw = RawClient(reader, writer)
+                await raw.login(key, node.public_key)
+                raw.send(frames.send_packet(keys[number % 10].public, b"hello"))
+                writer.transport.abort()
+                await raw.rest()
+
+        await come_and_go(ALICE, 1)  # libuv keeps a descriptor from the first connection on
+        await until(lambda: not node.hub.links)
+        before, tasks = descriptors(), len(asyncio.all_tasks())
+        await asyncio.gather(*(come_and_go(key, 10 if tls else 100) for key in keys))
+        await until(lambda: not node.hub.links)
+        assert node.hub.counters.accepts == (101 if tls else 1001)
+        assert not node.hub.router.active
+        assert not node.hub.router._interested
+        await until(lambda: descriptors() <= before)
+        assert len(asyncio.all_tasks()) == tasks
