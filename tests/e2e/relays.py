@@ -61,7 +61,7 @@ async def operator_passes(kube: Kube, where: Where, count: int) -> None:
         wake = f"e2e.test/look={before}-{number}"
         await kube.run("annotate", "derpregion", where.name, wake, "--overwrite", f"--namespace={where.namespace}")
         async with asyncio.timeout(3 * HANG):
-            while await _passes(kube) <= before + number:  # counted, and told to nobody
+            while await _passes(kube) <= before + number:  # noqa: ASYNC110 - nothing tells of a pass
                 await asyncio.sleep(LOOK_SECONDS)
     await kube.run("annotate", "derpregion", where.name, "e2e.test/look-", f"--namespace={where.namespace}")
 
