@@ -34,4 +34,5 @@ def run(main_coroutine: Callable[[], Coroutine[Any, Any, None]]) -> None:
 def set_up_logging() -> None:
     """Log to standard error, with the time as Go writes it."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%Y/%m/%d %H:%M:%S")
-    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    # Its warnings are about each write to a client that is just going: under traffic that is a flood.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)

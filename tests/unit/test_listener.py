@@ -1,0 +1,226 @@
+"""The listening socket: limits, options, handshakes that fail."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import ssl
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+
+import pytest
+
+from derper.net import listener as listener_module
+from derper.net import sockets
+from derper.net.listener import Listener, SocketOptions
+from derper.net.tls import ServerTLS
+from derper.relay.limits import TokenBucket
+
+from .loopback import HOST_NAME, LoopbackRelay, RawClient, pair_for, private, relay, until
+
+pytestmark = pytest.mark.both_loops
+
+
+@pytest.fixture
+async def node() -> AsyncIterator[LoopbackRelay]:
+    async with relay(tls=True) as running:
+        yield running
+
+
+def trusting() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+@pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\xff\xff" + bytes(100), b"\x00" * 2000])
+async def test_garbage_instead_of_tls(node: LoopbackRelay, garbage: bytes) -> None:
+    client = await node.connect()
+    client.send(garbage)
+    await client.rest()
+    await until(lambda: not node.listener._handshakes)
+    assert node.listener.tls_errors == 1
+    assert not node.hub.links
+
+
+async def test_who_says_nothing_is_dropped(node: LoopbackRelay, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener_module, "HEAD_SECONDS", 0.02)
+    client = await node.connect()
+    assert await client.rest() == b""
+    await until(lambda: not node.listener._handshakes)
+    assert node.listener.tls_errors == 1
+
+
+async def test_who_leaves_in_the_handshake(node: LoopbackRelay) -> None:
+    client = await node.connect()
+    client.send(b"\x16\x03\x01")
+    await client.close()
+    await until(lambda: node.listener.tls_errors)
+    assert not node.listener._handshakes
+
+
+async def test_failed_handshakes_leave_no_descriptors(node: LoopbackRelay) -> None:
+    async def fail() -> None:
+        client = await node.connect()
+        client.send(b"hello\r\n\r\n")
+        await client.rest()
+        await client.close()
+
+    await fail()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(50):
+        await fail()
+    await until(lambda: len(os.listdir("/proc/self/fd")) <= before)
+    assert node.listener.tls_errors == 51
+
+
+async def test_the_accept_limit(node: LoopbackRelay) -> None:
+    loop = asyncio.get_running_loop()
+    node.listener.limit = TokenBucket(1e-9, 2, loop.time())
+    for _ in range(2):
+        await node.connect(ssl=trusting())
+    for _ in range(3):
+        assert await (await node.connect()).rest() == b""
+    assert (node.listener.accepted, node.listener.rejected) == (2, 3)
+    node.listener.limit = None
+    await node.connect(ssl=trusting())
+
+
+async def test_without_a_certificate_nobody_is_served(node: LoopbackRelay) -> None:
+    node.tls.certificates = ()
+    assert await (await node.connect()).rest() == b""
+
+
+async def test_closing_refuses_new_connections_and_keeps_the_old(node: LoopbackRelay) -> None:
+    served = await node.connect(ssl=trusting())
+    waiting = await node.connect()
+    await until(lambda: node.listener._handshakes)
+    port = node.listener.port
+    node.listener.close()
+    node.listener.close()
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection("127.0.0.1", port)
+    assert await waiting.rest() == b""
+    served.send(b"GET /robots.txt HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert (await served.rest()).startswith(b"HTTP/1.1 200 ")
+    assert not node.listener._handshakes
+
+
+async def test_too_many_handshakes_at_once(node: LoopbackRelay, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener_module, "_HANDSHAKES_AT_ONCE", 1)
+    first = await node.connect()
+    await until(lambda: node.listener._handshakes)
+    assert await (await node.connect()).rest() == b""
+    await first.close()
+    await until(lambda: not node.listener._handshakes)
+    await node.connect(ssl=trusting())
+    assert node.listener.rejected == 1
+
+
+async def test_out_of_file_descriptors(node: LoopbackRelay, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It rests, and goes on."""
+    monkeypatch.setattr(listener_module, "_OUT_OF_FILES_PAUSE", 0.01)
+    real, failed = node.listener._sock, asyncio.Event()
+
+    class NoFiles:
+        def accept(self) -> None:
+            failed.set()
+            node.listener._sock = real
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        def fileno(self) -> int:
+            return real.fileno()
+
+    port = node.listener.port
+    node.listener._sock = NoFiles()  # type: ignore[assignment]
+    client = RawClient(*await asyncio.open_connection("127.0.0.1", port, ssl=trusting()))
+    assert failed.is_set()
+    client.send(b"GET /robots.txt HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert (await client.rest()).startswith(b"HTTP/1.1 200 ")
+    await client.close()
+
+
+async def test_socket_options() -> None:
+    accepted: list[socket.socket] = []
+
+    class Keep(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            accepted.append(transport.get_extra_info("socket"))
+
+    listener = Listener.listen("127.0.0.1", 0, Keep, context=None, options=SocketOptions(600.0, 15.0))
+    plain = Listener.listen("127.0.0.1", 0, Keep, context=None, options=SocketOptions(0.0, 0.0))
+    writers = []
+    for one in (listener, plain):
+        _, writer = await asyncio.open_connection("127.0.0.1", one.port)
+        writers.append(writer)
+    await until(lambda: len(accepted) == 2)
+    for sock, keep_alive, timeout in zip(accepted, (1, 0), (15_000, 0), strict=True):
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == keep_alive
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == timeout
+    assert accepted[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 600
+    for writer in writers:
+        writer.close()
+        await writer.wait_closed()
+    listener.close()
+    plain.close()
+
+
+# -- binding
+
+
+def test_all_addresses_of_both_families() -> None:
+    with sockets.bind("", 0, socket.SOCK_STREAM) as sock:
+        port = sock.getsockname()[1]
+        sock.listen()
+        for host in ("127.0.0.1", "::1"):
+            with socket.create_connection((host, port)):
+                pass
+
+
+def test_one_address() -> None:
+    for host, family in (("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6)):
+        with sockets.bind(host, 0, socket.SOCK_DGRAM) as sock:
+            assert (sock.family, sock.getsockname()[0]) == (family, host)
+
+
+def test_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = socket.socket
+
+    def no_ipv6(family: int, kind: int) -> socket.socket:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        return real(family, kind)
+
+    monkeypatch.setattr(socket, "socket", no_ipv6)
+    with sockets.bind("", 0, socket.SOCK_STREAM) as sock:
+        assert sock.getsockname()[0] == "0.0.0.0"
+
+
+def test_a_port_in_use() -> None:
+    with sockets.bind("127.0.0.1", 0, socket.SOCK_STREAM) as sock:
+        sock.listen()
+        for host in ("127.0.0.1", ""):
+            with pytest.raises(OSError, match="Address already in use") as caught:
+                sockets.bind(host, sock.getsockname()[1], socket.SOCK_STREAM)
+            assert caught.value.errno == errno.EADDRINUSE
+
+
+async def test_a_context_that_changes_between_connections() -> None:
+    """The listener asks for it each time."""
+    tls = ServerTLS(private(1).public.hex())
+    tls.load([pair_for(HOST_NAME)], datetime.now(UTC))
+    listener = Listener.listen("127.0.0.1", 0, asyncio.Protocol, context=lambda: tls.context, options=SocketOptions())
+    seen = []
+    for pair in (pair_for(HOST_NAME), pair_for("other.derp.internal")):
+        tls.load([pair], datetime.now(UTC))
+        reader, writer = await asyncio.open_connection("127.0.0.1", listener.port, ssl=trusting())
+        seen.append(writer.get_extra_info("ssl_object").getpeercert(True))
+        del reader
+        writer.close()
+        await writer.wait_closed()
+    assert seen[0] != seen[1]
+    listener.close()
