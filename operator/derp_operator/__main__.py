@@ -12,12 +12,12 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from . import names
 from .counting import CountingCluster, Watches
-from .handlers import watch
+from .handlers import WatchError, watch
 from .health import Health, serve
 from .keyring import system_maker
 from .kube import ApiError, Kube
@@ -39,7 +39,7 @@ class PortError(Exception):
     """The port for health and metrics cannot be used."""
 
 
-_EXPECTED: Final = (LoginError, PortError, LeaseLostError)
+_EXPECTED: Final = (LoginError, PortError, LeaseLostError, WatchError)
 
 
 def options(arguments: Sequence[str], environment: Mapping[str, str]) -> argparse.Namespace:
@@ -243,12 +243,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except ExceptionGroup as group:
         known, unknown = group.split(_EXPECTED)
-        for reason in known.exceptions if known else ():
+        for reason in _leaves(known) if known else ():
             log.error("stopping: %s", reason)
+            log.debug("where it came from", exc_info=reason)
         if unknown:
             log.error("stopping, because of a defect", exc_info=unknown)
         return 1
     return 0
+
+
+def _leaves(group: ExceptionGroup[Exception]) -> Iterator[Exception]:
+    for error in group.exceptions:
+        if isinstance(error, ExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
 
 
 if __name__ == "__main__":

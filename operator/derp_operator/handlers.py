@@ -7,6 +7,7 @@ because at its end it cancels every task of the loop it is in.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Collection, Mapping
@@ -32,46 +33,83 @@ CHILDREN: Final = (
 )
 
 
+END_TIMEOUT: Final = 5.0
+"""Seconds that kopf gets to end; it may be stuck in requests to an API server that does not answer."""
+
+
+class WatchError(Exception):
+    """A watch cannot go on.  The message says why."""
+
+
 async def watch(login: Login, namespaces: Collection[str], report: Report, ready: Callable[[], None]) -> None:
     """Report every change, in the calling loop, until cancelled; `namespaces` empty means all.
 
-    Raises whatever ends a watch: a watch that cannot go on must end the process, not leave it deaf.
+    Raises `WatchError`: a watch that cannot go on must end the process, not leave it deaf.
     """
     loop = asyncio.get_running_loop()
     stop, up = threading.Event(), threading.Event()
+    broken, ended = loop.create_future(), asyncio.Event()
     identity: Any = names.MANAGER  # of a peering that is not used; kopf would ask for the user's name, which pods lack
 
     def forward(item: Mapping[str, Any], deleted: bool, key: tuple[str, str]) -> None:
         loop.call_soon_threadsafe(report, item, deleted, key)
 
-    def run() -> None:
-        asyncio.run(
-            kopf.operator(
-                registry=registry(login, forward),
-                settings=settings(),
-                identity=identity,
-                standalone=True,
-                clusterwide=not namespaces,
-                namespaces=namespaces,
-                stop_flag=stop,
-                ready_flag=up,
-            )
+    def break_off(error: BaseException | None) -> None:
+        if not broken.done():
+            broken.set_result(error)
+
+    def task_ended(task: asyncio.Task[Any]) -> None:
+        if not stop.is_set() and not task.cancelled():
+            loop.call_soon_threadsafe(break_off, task.exception())
+
+    async def serve() -> None:
+        tasks = await kopf.spawn_tasks(
+            registry=registry(login, forward),
+            settings=settings(),
+            identity=identity,
+            standalone=True,
+            clusterwide=not namespaces,
+            namespaces=namespaces,
+            stop_flag=stop,
+            ready_flag=up,
         )
+        for task in tasks:  # run_tasks() tells of a failure only when all other watches have given up, too
+            task.add_done_callback(task_ended)
+        await kopf.run_tasks(tasks)
+
+    def run() -> None:
+        error: BaseException | None = None
+        try:
+            asyncio.run(serve())
+        except Exception as caught:
+            error = caught
+        with contextlib.suppress(RuntimeError):  # nobody waits any more, and the loop is closed
+            loop.call_soon_threadsafe(break_off, error)
+            loop.call_soon_threadsafe(ended.set)
 
     def announce() -> None:
         up.wait()
         if not stop.is_set():
             loop.call_soon_threadsafe(ready)
 
-    thread = loop.run_in_executor(None, run)
-    announcement = loop.run_in_executor(None, announce)
+    for target in (run, announce):
+        threading.Thread(target=target, daemon=True).start()
     try:
-        await asyncio.shield(thread)
-        raise RuntimeError("the watches have ended")
+        error = await broken
+        raise WatchError(f"a watch cannot go on: {_sentence(error)}") from error
     finally:
         stop.set()
         up.set()
-        await asyncio.wait([thread, announcement])
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(END_TIMEOUT):
+                await ended.wait()
+
+
+def _sentence(error: BaseException | None) -> str:
+    """What the API server said, without kopf's repetition of the whole answer."""
+    if error is None:
+        return "it has ended"
+    return str(error.args[0] if error.args else type(error).__name__)
 
 
 def registry(login: Login, report: Report) -> kopf.OperatorRegistry:
@@ -108,11 +146,13 @@ def settings() -> kopf.OperatorSettings:
         found.watching.label_selectors[group, version, plural] = ours  # the API server sends nothing else
     found.watching.inactivity_timeout = 70.0
     found.networking.request_timeout = 15.0
+    found.networking.error_backoffs = (1, 2, 3, 5)  # then the process ends, as it does without its lease
     found.queueing.worker_limit = 32
     found.scanning.disabled = True  # no rights on namespaces and CRDs needed
     found.posting.enabled = False
     found.peering.standalone = True
     found.process.ultimate_exiting_timeout = None
     logging.getLogger("kopf").setLevel(logging.WARNING)
-    logging.getLogger("kopf._core.reactor.running").setLevel(logging.ERROR)  # signals are not its business here
+    for quiet in ("running", "orchestration", "queueing"):  # `watch` tells what ended, in one sentence
+        logging.getLogger(f"kopf._core.reactor.{quiet}").setLevel(logging.CRITICAL)
     return found

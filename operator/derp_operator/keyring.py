@@ -194,14 +194,13 @@ class _Builder:
         return Certificate(stem, host, certs.pin(leaf), leaf.not_valid_after_utc)
 
     def _lost(self, entry: str, pod: str | None) -> None:
-        self.problems.append(
-            Problem(
-                f"Secret {self.secret} has lost {entry}: restore it from a backup. New keys would change what clients "
-                "have pinned, so none are made.",
-                lost=True,
-                pod=pod,
-            )
+        region = self.secret.removesuffix("-keys")
+        sentence = (
+            f"Secret {self.secret} has lost {entry}: restore it from a backup. New keys would change what clients have "
+            f"pinned, so none are made; if you want that, delete the Secret, then the ConfigMaps {region}-settings and "
+            f"{region}-derpmap."
         )
+        self.problems.append(Problem(sentence, lost=True, pod=pod))
 
     def _damaged(self, entry: str, pod: str | None, reason: str) -> None:
         self.problems.append(

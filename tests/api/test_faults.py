@@ -93,6 +93,7 @@ async def test_a_fault_at_any_write_changes_nothing_in_the_end(
 OTHERS: list[dict[str, Any]] = [
     {"replicas": 5},
     {"exposure": {"type": "HostPort"}},
+    {"exposure": {"type": "LoadBalancer", "loadBalancer": {"sourceRanges": ["192.0.2.0/24"]}}},
     {"exposure": {"type": "NodePort", "nodePort": {"derpPortBase": 30443}}},
     {"tls": {"hostName": "Address"}},
     {"tls": {"hostName": "Template", "hostNameTemplate": "{pod}.example.com", "certificates": [{"secretName": "no"}]}},

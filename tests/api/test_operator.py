@@ -263,6 +263,18 @@ async def test_a_lost_secret_is_told_and_not_replaced(berlin: World) -> None:
     assert await berlin.data("ConfigMap", "berlin-derpmap") == before
 
 
+async def test_new_keys_are_made_for_those_who_ask_by_name(berlin: World) -> None:
+    await berlin.create()
+    await berlin.settle()
+    before = await berlin.data("ConfigMap", "berlin-derpmap")
+    for kind, name in (("Secret", "berlin-keys"), ("ConfigMap", "berlin-settings"), ("ConfigMap", "berlin-derpmap")):
+        region = await berlin.settle()
+        assert condition(region)["reason"] in ("AllNodesReady", "KeysLost")
+        await berlin.remove(kind, name)
+    assert condition(await berlin.settle())["status"] == "True"
+    assert await berlin.data("ConfigMap", "berlin-derpmap") != before
+
+
 @pytest.mark.parametrize(
     ("entry", "value", "words"),
     [
