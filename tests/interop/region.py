@@ -7,6 +7,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import aiohttp
 
 from .pki import Certificate, self_signed
 from .processes import HANG
-from .relays import DERP_PORT, DERPMap, OurDerper, Relay, RelayOptions, derp_map
+from .relays import DERPMap, OurDerper, Relay, RelayOptions, derp_map
 
 METRICS_PORT = 9090
 
@@ -40,6 +41,14 @@ class Node(OurDerper):
 
     def _certificate_flags(self) -> list[str]:
         return []
+
+    def add_generation(self, number: int, certificate: Certificate) -> None:
+        """Put the certificate of a new host name beside the others; from now on the settings entry and the map entry
+        are about this one. `stems` says which are served, the first of them to clients that send no name."""
+        self.host_name = f"{self.name}-g{number}.derp.internal"
+        self.options = replace(self.options, certificate=certificate)
+        self._write_files()
+        self.stems.append(str(self.workdir / self.host_name))
 
     def settings_entry(self) -> dict[str, Any]:
         """This node in a settings file."""
@@ -75,7 +84,7 @@ def entry_of(relay: Relay) -> dict[str, Any]:
         "serverKey": relay.key,
         "hostName": relay.host_name,
         "certName": relay.cert_name,
-        "dial": f"{relay.address}:{DERP_PORT}",
+        "dial": relay.derp_address,
     }
 
 

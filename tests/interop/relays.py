@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import socket
 import struct
 import sys
 import zlib
@@ -36,6 +37,25 @@ def loopback_addresses() -> Iterator[str]:
         yield f"127.{64 + (pid >> 8) % 128}.{pid % 256}.{host}"
 
 
+def host_port(host: str, port: int) -> str:
+    """`host:port`, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def free_port(address: str) -> int:
+    """A port that is free now, for TCP and UDP: for addresses that others use, too, such as ::1."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    while True:
+        with socket.socket(family, socket.SOCK_STREAM) as tcp, socket.socket(family, socket.SOCK_DGRAM) as udp:
+            tcp.bind((address, 0))
+            port: int = tcp.getsockname()[1]
+            try:
+                udp.bind((address, port))
+            except OSError:
+                continue
+            return port
+
+
 @dataclass(frozen=True)
 class RelayOptions:
     """What a test may choose about a relay. The default is a relay with a self-signed certificate for its address."""
@@ -46,6 +66,8 @@ class RelayOptions:
     private_key: str | None = None
     """The server key, `privkey:<hex>`; the default is that the relay makes one."""
     mesh_key: str | None = None
+    derp_port: int = DERP_PORT
+    stun_port: int = STUN_PORT
     flags: Sequence[str] = ()
     env: Mapping[str, str] = field(default_factory=dict)
 
@@ -72,7 +94,7 @@ class Relay(Child):
             self.workdir.joinpath("derper.key").write_text(json.dumps({"PrivateKey": self.options.private_key}))
 
     def _flags(self) -> list[str]:
-        flags = [f"-a={self.address}:{DERP_PORT}", f"-stun-port={STUN_PORT}", "-http-port=-1"]
+        flags = [f"-a={self.derp_address}", f"-stun-port={self.options.stun_port}", "-http-port=-1"]
         flags.append(f"-c={self.workdir / 'derper.key'}")
         if self.options.mesh_key is not None:
             flags.append(f"-mesh-psk-file={self.workdir / 'mesh.key'}")
@@ -83,7 +105,7 @@ class Relay(Child):
 
     def mesh_with(self, others: Iterable[Relay]) -> None:
         """Mesh by flag, as stock derper does; to be called before the start. Stock verifies the others by name."""
-        self.argv.append(f"-mesh-with={','.join(f'{o.host_name}:{DERP_PORT}/{o.address}' for o in others)}")
+        self.argv.append(f"-mesh-with={','.join(f'{o.host_name}:{o.options.derp_port}/{o.address}' for o in others)}")
 
     async def start(self) -> None:
         await super().start()
@@ -92,14 +114,29 @@ class Relay(Child):
 
     async def _until_serving(self) -> None:
         """A relay does not tell when it listens, so both ports are asked."""
-        while not (await accepts(self.address, DERP_PORT) and await answers_stun(self.address, STUN_PORT)):
+        derp_port, stun_port = self.options.derp_port, self.options.stun_port
+        while not (await accepts(self.address, derp_port) and await answers_stun(self.address, stun_port)):
             if not self.running:
                 raise self.died()
             await asyncio.sleep(0.02)
 
     @property
+    def is_ipv6(self) -> bool:
+        return ":" in self.address
+
+    @property
+    def derp_address(self) -> str:
+        """Where it listens for TCP, `host:port`."""
+        return host_port(self.address, self.options.derp_port)
+
+    @property
+    def stun_address(self) -> str:
+        """Where it listens for UDP, `host:port`."""
+        return host_port(self.address, self.options.stun_port)
+
+    @property
     def url(self) -> str:
-        return f"https://{self.host_name}:{DERP_PORT}/derp"
+        return f"https://{host_port(self.host_name, self.options.derp_port)}/derp"
 
     @property
     def key(self) -> str:
@@ -129,10 +166,10 @@ class Relay(Child):
             "RegionID": region,
             "HostName": self.host_name,
             "CertName": self.cert_name,
-            "IPv4": self.address,
-            "IPv6": "none",
-            "DERPPort": DERP_PORT,
-            "STUNPort": STUN_PORT,
+            "IPv4": "none" if self.is_ipv6 else self.address,
+            "IPv6": self.address if self.is_ipv6 else "none",
+            "DERPPort": self.options.derp_port,
+            "STUNPort": self.options.stun_port,
             **changes,
         }
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from .conftest import Relays
+from .conftest import Relays, ours_differs
 from .peers import GoClients, StockClient
 from .pki import Authority
 from .processes import PeerError
-from .relays import DERP_PORT, STUN_PORT, DERPMap, Relay, RelayOptions, derp_map
+from .relays import DERP_PORT, STUN_PORT, DERPMap, Relay, RelayOptions, derp_map, free_port
 
 DISCONNECTED, NOT_HERE = 0, 1
 WRONG_PIN = f"sha256-raw:{'00' * 32}"
@@ -59,7 +59,7 @@ async def test_by_url_with_a_certificate_from_an_authority(
 ) -> None:
     options = RelayOptions(certificate=authority.issue("relay.test"), host_name="relay.test")
     relay = await relays.start(relays.make(make, options))
-    where = {"url": relay.url, "dial_to": f"{relay.address}:{DERP_PORT}"}
+    where = {"url": relay.url, "dial_to": relay.derp_address}
     client = await clients.dial(**where, ca=authority.pem)
     assert client.server_key == relay.key
     with pytest.raises(PeerError, match="unknown authority"):
@@ -289,7 +289,7 @@ async def test_a_mesh_peer_forwards_and_closes(meshed: tuple[Relay, str], client
 
 
 async def test_stun_tells_the_address(relay: Relay, clients: GoClients) -> None:
-    answer = await clients.stun(f"{relay.address}:{STUN_PORT}")
+    answer = await clients.stun(relay.stun_address)
     assert answer.answered
     assert answer.mapped == answer.local
 
@@ -298,3 +298,32 @@ async def test_netcheck_prefers_the_region(relay: Relay, clients: GoClients) -> 
     report = await clients.netcheck(region(relay)["map"])
     assert report["udp"]
     assert report["preferred"] == 900
+
+
+# -- IPv6
+
+
+@pytest.fixture
+async def relay6(make: str, relays: Relays) -> Relay:
+    """A relay at ::1, with a self-signed certificate for that."""
+    options = RelayOptions(derp_port=free_port("::1"), stun_port=free_port("::1"))
+    return await relays.start(relays.make(make, options, address="::1"))
+
+
+async def test_over_ipv6(relay6: Relay, clients: GoClients) -> None:
+    a, b = [await clients.dial(**region(relay6)) for _ in range(2)]
+    assert a.server_key == relay6.key
+    await a.send(b.key, b"six")
+    assert await b.receive(a.key) == b"six"
+
+
+async def test_stun_over_ipv6(relay6: Relay, clients: GoClients) -> None:
+    answer = await clients.stun(relay6.stun_address)
+    assert answer.answered
+    assert answer.mapped == answer.local
+
+
+@ours_differs("the file's name keeps the colons")
+async def test_the_certificate_file_of_an_ipv6_address(relay6: Relay) -> None:
+    """Its name leaves out the colons: who replaces a stock relay must find the certificate that is pinned."""
+    assert {path.name for path in relay6.workdir.glob("*1.crt")} == {"1.crt"}

@@ -131,7 +131,12 @@ func tlsConfig(o dialOptions) (*tls.Config, error) {
 
 func (cl *client) do(f func()) { cl.work <- f }
 
-func (cl *client) close() error { return cl.derp.Close() }
+func (cl *client) close() error {
+	if err := cl.derp.Close(); !errors.Is(err, derphttp.ErrClientClosed) {
+		return err
+	}
+	return nil // it had ended before
+}
 
 // connect returns when the server has told its settings: from then on it routes packets to the client.
 func (cl *client) connect() (event, error) {
