@@ -18,7 +18,6 @@ from datetime import UTC, datetime
 from ipaddress import ip_address
 from typing import Any, Final
 
-import h11
 from cryptography import x509
 
 from . import certs
@@ -216,6 +215,8 @@ async def _dial_tcp(endpoint: Endpoint) -> asyncio.Transport:
             problem = problem or TimeoutError(f"no answer within {DIAL_SECONDS} s")
         except OSError as error:
             problem = problem or error
+        except UnicodeError:  # Python encodes names itself
+            problem = problem or OSError(f"{address!r} is not a host name")
     raise DialError("tcp", f"cannot reach {endpoint}: {_reason(problem)}")
 
 
@@ -296,7 +297,7 @@ async def _upgrade(
         problem = DialError("tls", f"{endpoint}: {_reason(error)}")
     except TimeoutError:
         problem = DialError(stage, f"{endpoint}: no DERP connection within {CONNECT_SECONDS:.0f} s")
-    except (ProtocolError, h11.RemoteProtocolError, OSError) as error:
+    except (ProtocolError, OSError, ValueError) as error:  # ValueError: a name or a certificate that is none
         problem = DialError(protocol.stage or stage, f"{endpoint}: {_reason(error)}")
     except BaseException:
         protocol.abort(transport)
@@ -411,7 +412,7 @@ class _Protocol(asyncio.Protocol):
                 answer = self._wire.data_to_send()
                 if answer:
                     self.transport.write(answer)
-        except (ProtocolError, h11.RemoteProtocolError) as error:
+        except ProtocolError as error:
             self.closed_because = str(error)
             self.transport.abort()
         self._wake()
@@ -451,4 +452,6 @@ def _reason(error: BaseException | None) -> str:
         return f"the certificate is not trusted: {error.verify_message}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower() if error.errno else error.strerror
+    if isinstance(error, ConnectionError) and not str(error):
+        return "the server closed the connection"
     return str(error) or type(error).__name__
