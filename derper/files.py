@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from . import certs
-from .certs import CertificateError, CertificatePair
+from .certs import CertificatePair
 from .net.hub import MeshKeys
-from .relay.admission import KeyListError
-from .settings import SettingsError
 from .wire.keys import KeyFormatError, MeshKey, NodePrivate
 
 __all__ = [
@@ -66,7 +64,7 @@ class Watched(Generic[_T]):
         self._seen = seen
         try:
             self._apply(self._load())
-        except (FileError, CertificateError, SettingsError, KeyListError, KeyFormatError, OSError) as error:
+        except (FileError, ValueError, OSError) as error:  # the errors of keys, certificates and lists are ValueErrors
             self.failures += 1
             self.problem = f"{self.what}: {_sentence(error)}"
             return True
@@ -80,6 +78,8 @@ def _signature(path: Path) -> object:
         info = os.stat(path)
     except OSError as error:
         return error.errno
+    except ValueError:  # a null character in the name
+        return None
     return (info.st_mtime_ns, info.st_ino, info.st_size)
 
 

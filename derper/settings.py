@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from .relay.limits import Limits
 from .wire.keys import KeyFormatError, NodePublic
@@ -99,7 +100,7 @@ class _Object:
         if value is None and default is not None:
             return default
         if type(value) is not kind:
-            raise SettingsError(f"{self._where}.{key} must be a {_KINDS[kind]}")
+            raise SettingsError(f"{self._where}.{key} must be {_KINDS[kind]}")
         return value
 
     def strings(self, key: str) -> tuple[str, ...]:
@@ -110,7 +111,7 @@ class _Object:
 
     def number(self, key: str) -> float:
         value = self._value.get(key) or 0
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _TOO_MANY:
             raise SettingsError(f"{self._where}.{key} must be a number that is not negative")
         return float(value)
 
@@ -121,7 +122,8 @@ class _Object:
         return sorted(self._value.items())
 
 
-_KINDS: Mapping[type, str] = {str: "string", bool: "true or false", int: "whole number"}
+_KINDS: Mapping[type, str] = {str: "a string", bool: "true or false", int: "a whole number"}
+_TOO_MANY: Final = 1 << 63  # also keeps out Infinity and NaN, which Python reads in JSON
 
 
 def _node(node: _Object) -> NodeSettings:
@@ -131,7 +133,7 @@ def _node(node: _Object) -> NodeSettings:
         raise SettingsError(f"{node._where}.serverKey: {error}") from None
     dial = node.get("dial", str)
     host, _, port = dial.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise SettingsError(f"{node._where}.dial must be HOST:PORT, not {dial!r}")
     return NodeSettings(
         server_key=server_key,

@@ -1,0 +1,231 @@
+"""Flags: stock derper's, in Go's spelling, and one sentence for each mistake."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from derper import cli
+from derper.config import Config, MeshHost, UsageError, parse_flags, usage
+
+KEY = ("-c", "/tmp/derper.key")
+MANUAL = (*KEY, "-certmode", "manual")
+
+
+def parse(*arguments: str, is_root: bool = False, **environ: str) -> Config:
+    return parse_flags(arguments, {"HOME": "/home/x", **environ}, is_root=is_root)
+
+
+def test_defaults() -> None:
+    config = parse(*MANUAL)
+    assert config == Config(
+        key_path="/tmp/derper.key", cert_mode="manual", cert_dir="/home/x/.cache/tailscale/derper-certs"
+    )
+    assert (config.listen_host, config.listen_port, config.http_port, config.stun_port) == ("", 443, 80, 3478)
+    assert config.tls
+
+
+def test_roots_key_and_the_cache_directory() -> None:
+    config = parse("-certmode=manual", is_root=True, XDG_CACHE_HOME="/cache")
+    assert config.key_path == "/var/lib/derper/derper.key"
+    assert config.cert_dir == "/cache/tailscale/derper-certs"
+
+
+@pytest.mark.parametrize(
+    "spelling", [("-stun-port", "1234"), ("--stun-port", "1234"), ("-stun-port=1234",), ("--stun-port=1234",)]
+)
+def test_spellings_of_a_flag(spelling: tuple[str, ...]) -> None:
+    assert parse(*MANUAL, *spelling).stun_port == 1234
+
+
+@pytest.mark.parametrize(
+    ("spelling", "value"),
+    [
+        (("-stun",), True),
+        (("--stun",), True),
+        (("-stun=false",), False),
+        (("-stun=0",), False),
+        (("-stun=F",), False),
+        (("-stun=true",), True),
+        (("-stun=false", "-stun"), True),
+    ],
+)
+def test_spellings_of_a_switch(spelling: tuple[str, ...], value: bool) -> None:
+    assert parse(*MANUAL, *spelling).stun is value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes"),
+    [
+        (("-a", "127.0.0.1:8443"), {"listen_host": "127.0.0.1", "listen_port": 8443}),
+        (("-a", "[::1]:8443"), {"listen_host": "::1", "listen_port": 8443}),
+        (("-a", ":0"), {"listen_host": "", "listen_port": 0}),
+        (("-http-port", "-1"), {"http_port": -1}),
+        (("-certdir", "/certs"), {"cert_dir": "/certs"}),
+        (("-hostname", "derp.example.com"), {"hostname": "derp.example.com"}),
+        (("-hostname", "192.0.2.1"), {"hostname": "192.0.2.1"}),
+        (("-hostname", "2001:DB8::1"), {"hostname": "2001:db8::1"}),
+        (("-derp=false",), {"derp": False}),
+        (("-home", "blank"), {"home": "blank"}),
+        (("-home", "https://example.com"), {"home": "https://example.com"}),
+        (("-mesh-psk-file", "/mesh"), {"mesh_key_path": "/mesh"}),
+        (("-verify-client-url", "https://x/verify"), {"verify_url": "https://x/verify"}),
+        (("-verify-client-url-fail-open",), {"verify_fail_open": True}),
+        (("-accept-connection-limit", "+Inf"), {"accept_per_second": 0.0}),
+        (("-accept-connection-limit", "2.5"), {"accept_per_second": 2.5}),
+        (("-accept-connection-burst", "10"), {"accept_burst": 10}),
+        (("-rate-config", "/rate"), {"rate_config": "/rate"}),
+        (("-tcp-keepalive-time", "10m"), {"tcp_keep_alive": 600.0}),
+        (("-tcp-user-timeout", "1m30s"), {"tcp_user_timeout": 90.0}),
+        (("-tcp-write-timeout", "1.5s"), {"write_timeout": 1.5}),
+        (("-tcp-write-timeout", "250ms"), {"write_timeout": 0.25}),
+        (("-tcp-write-timeout", "0"), {"write_timeout": 0.0}),
+        (("-metrics-addr", ":9090"), {"metrics_host": "", "metrics_port": 9090}),
+        (("-verify-clients=false",), {}),
+        (("-acme-email", ""), {}),
+    ],
+)
+def test_values(arguments: tuple[str, ...], changes: dict[str, Any]) -> None:
+    config, plain = parse(*MANUAL, *arguments), parse(*MANUAL)
+    assert {name: getattr(config, name) for name in Config.__slots__} == {
+        **{name: getattr(plain, name) for name in Config.__slots__},
+        **changes,
+    }
+
+
+def test_mesh_hosts() -> None:
+    config = parse(
+        *MANUAL, "-mesh-psk-file", "/mesh", "-mesh-with", "a.example.com, b.example.com/10.0.0.2,c:8443,[::1]:1"
+    )
+    assert config.mesh_with == (
+        MeshHost("a.example.com", 443, "a.example.com"),
+        MeshHost("b.example.com", 443, "10.0.0.2"),
+        MeshHost("c", 8443, "c"),
+        MeshHost("::1", 1, "::1"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tls"),
+    [
+        (("-a", ":443", "-certmode", "manual"), True),
+        (("-a", ":8443", "-certmode", "manual"), True),
+        (("-a", ":8080"), False),
+        (("-dev",), False),
+        (("-settings", "/s", "-node", "n", "-a", ":8443"), True),
+    ],
+)
+def test_when_it_is_tls(arguments: tuple[str, ...], tls: bool) -> None:
+    assert parse(*KEY, *arguments).tls is tls
+
+
+def test_dev() -> None:
+    config = parse("-dev")
+    assert (config.listen_port, config.http_port, config.key_path, config.dev) == (3340, -1, "", True)
+    assert parse("-dev", "-a", ":4000").listen_port == 4000
+
+
+LETSENCRYPT = (
+    "-certmode letsencrypt is not supported: use -certmode manual with certificates in -certdir"
+    " (from cert-manager, certbot or lego; they are reloaded), or with an IP address as -hostname"
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-hostname", "a b"), "-hostname must be a DNS name or an IP address, not 'a b'"),
+        (("--hostname", "a b"), "-hostname must be a DNS name or an IP address, not 'a b'"),
+        (("-hostname", ""), "-hostname must be a DNS name or an IP address, not ''"),
+        (("-hostname", "x" * 64), f"-hostname must be a DNS name or an IP address, not '{'x' * 64}'"),
+        (("-wat",), "unknown flag or argument '-wat'; derper -help lists the flags"),
+        (("serve",), "unknown flag or argument 'serve'; derper -help lists the flags"),
+        (("---a", ":1"), "unknown flag or argument '---a'; derper -help lists the flags"),
+        (("-a",), "-a needs a value"),
+        (("-a", "443"), '-a must be an address such as ":443", "127.0.0.1:443" or "[::1]:443", not \'443\''),
+        (("-a", "::1:443"), '-a must be an address such as ":443", "127.0.0.1:443" or "[::1]:443", not \'::1:443\''),
+        (("-a", ":-1"), "-a must be an address with a port from 0 to 65535, not ':-1'"),
+        (("-a", ":65536"), "-a must be a port from 0 to 65535, or -1 for none, not ':65536'"),
+        (("-stun-port", "x"), "-stun-port must be a port from 0 to 65535, or -1 for none, not 'x'"),
+        (("-stun=yes",), "-stun must be true or false, not 'yes'"),
+        (("-home", "x"), "-home must be empty, \"blank\", or a URL that starts with http:// or https://, not 'x'"),
+        (("-verify-client-url", "x"), "-verify-client-url must be a URL that starts with http:// or https://, not 'x'"),
+        (
+            ("-accept-connection-limit", "nan"),
+            "-accept-connection-limit must be a number that is not negative, not 'nan'",
+        ),
+        (("-accept-connection-limit", "x"), "-accept-connection-limit must be a number, not 'x'"),
+        (("-accept-connection-burst", "-1"), "-accept-connection-burst must be a whole number, not '-1'"),
+        (("-tcp-write-timeout", "2"), "-tcp-write-timeout must be a duration such as 15s or 10m, not '2'"),
+        (("-tcp-write-timeout", ""), "-tcp-write-timeout must be a duration such as 15s or 10m, not ''"),
+        (
+            ("-mesh-with", "a/b/c"),
+            "-mesh-with must be a list of HOST or HOST/DIAL-HOST; 'a/b/c' has too many parts, not 'a/b/c'",
+        ),
+        (("-mesh-with", "a b"), "-mesh-with must be a DNS name or an IP address, not 'a b'"),
+        (("-mesh-with", "a"), "-mesh-with requires -mesh-psk-file"),
+        (
+            ("-verify-clients",),
+            "-verify-clients is not supported: give the admission controller's URL in -verify-client-url instead",
+        ),
+        (("-bootstrap-dns-names", "x"), "-bootstrap-dns-names is not supported: this version has no bootstrap DNS"),
+        (("-certmode", "wat"), "-certmode must be manual, not 'wat'"),
+        (("-certmode", "letsencrypt"), LETSENCRYPT),
+        (("-node", "x"), "-node only goes with -settings"),
+        (("-settings", "/s"), "-settings needs -node, the name of this relay in the settings file"),
+        (
+            ("-settings", "/s", "-node", "n", "-verify-client-url", "https://x"),
+            "-settings says what -mesh-with, -verify-client-url and -rate-config say; use one or the other",
+        ),
+    ],
+)
+def test_mistakes(arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse(*MANUAL, *arguments)
+    assert str(caught.value) == message
+
+
+def test_a_key_file_must_be_named() -> None:
+    with pytest.raises(UsageError, match=r"^-c is missing: name the file for the server's private key$"):
+        parse("-certmode", "manual")
+
+
+def test_usage_names_every_flag() -> None:
+    text = usage()
+    assert "  -a " in text
+    assert "-settings" in text
+    assert "-acme-email" not in text
+
+
+FLAGS = st.sampled_from([f"-{name}" for name in re.findall(r"^  -([a-z-]+)", usage(), re.MULTILINE)] + ["-ace"])
+VALUES = st.text(max_size=8) | st.sampled_from(
+    [":443", "[::1]:1", "1" * 5000, "-1", "manual", "1h", "a/b:1", "http://x", "\u0661", "1e400", ":" + "9" * 5000]
+)
+
+
+@given(st.lists(FLAGS | VALUES | st.tuples(FLAGS, VALUES).map("=".join), max_size=5))
+def test_any_command_line_is_a_configuration_or_a_usage_error(arguments: list[str]) -> None:
+    with contextlib.suppress(UsageError):
+        parse(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "out", "err"),
+    [
+        (["--hostname", "a b"], 2, "", "derper: -hostname must be a DNS name or an IP address, not 'a b'\n"),
+        (["-help"], 0, "Usage: derper [flags]", ""),
+        (["-version"], 0, "0.", ""),
+        (["-c", "/proc/x/y", "-a", "127.0.0.1:0"], 1, "", "derper: cannot make the key file /proc/x/y: no such file"),
+    ],
+)
+def test_the_command(arguments: list[str], status: int, out: str, err: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == status
+    printed = capsys.readouterr()
+    assert printed.out.startswith(out)
+    assert printed.err.startswith(err)
+    assert "Traceback" not in printed.err
