@@ -136,9 +136,9 @@ def names(certificate: x509.Certificate) -> tuple[str, ...]:
 
 def matches(certificate: x509.Certificate, name: str) -> bool:
     """Whether the certificate is for `name`, as Go's x509.VerifyHostname sees it: `*` stands for one first label."""
-    address = _address(name)
+    address = ip_address_of(name)
     if address is not None:
-        return any(_address(own) == address for own in names(certificate))
+        return any(ip_address_of(own) == address for own in names(certificate))
     labels = name.lower().removesuffix(".").split(".")
     return any(_matches_labels(own.lower().split("."), labels) for own in names(certificate))
 
@@ -269,7 +269,7 @@ def _common_name_of(certificate: x509.Certificate) -> str:
 
 
 def _general_name(name: str) -> x509.GeneralName:
-    address = _address(name)
+    address = ip_address_of(name)
     if address is not None:
         return x509.IPAddress(address)
     if not _DNS_NAME.fullmatch(name):
@@ -277,7 +277,8 @@ def _general_name(name: str) -> x509.GeneralName:
     return x509.DNSName(name)
 
 
-def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+def ip_address_of(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The IP address that `text` is; None for a name, and for an address with a zone, which no certificate can hold."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:

@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from ipaddress import ip_address
 from typing import Any, Final
 
 from cryptography import x509
@@ -237,7 +236,7 @@ def check_peer(endpoint: Endpoint, presented: Sequence[x509.Certificate], now: d
     """Check what the server presented, as tlsdial does.  Raises `certs.CertificateError`."""
     if endpoint.insecure:
         return
-    server_name = "" if _is_ip(endpoint.host_name) else endpoint.host_name
+    server_name = "" if certs.ip_address_of(endpoint.host_name) else endpoint.host_name
     if endpoint.cert_name.startswith(certs.PIN_PREFIX):
         certs.verify_pin(presented, endpoint.cert_name, server_name=server_name, now=now)
     else:
@@ -437,14 +436,6 @@ class _Protocol(asyncio.Protocol):
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-
-
-def _is_ip(name: str) -> bool:
-    try:
-        ip_address(name)
-    except ValueError:
-        return False
-    return True
 
 
 def _reason(error: BaseException | None) -> str:

@@ -4,12 +4,11 @@ Each rule names the consequence, because most of these mistakes fail silently in
 Sources: tailscale.com net/netcheck, derp/derphttp, net/tlsdial, wgengine/magicsock; cmd/derper/README.md.
 """
 
-import ipaddress
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from derper.certs import PIN_PREFIX
+from derper.certs import PIN_PREFIX, ip_address_of
 
 if TYPE_CHECKING:
     from derper.derpmap import DERPMap, DERPNode, DERPRegion
@@ -77,7 +76,7 @@ def _node_findings(region: "DERPRegion", index: int, node: "DERPNode") -> Iterat
 def _host_findings(where: str, node: "DERPNode") -> Iterator[str]:
     if not node.host_name:
         yield f"{where} has no HostName; it needs a DNS name or an IP address."
-    elif _address(node.host_name) is None and not _DNS_NAME.fullmatch(node.host_name):
+    elif ip_address_of(node.host_name) is None and not _DNS_NAME.fullmatch(node.host_name):
         yield (
             f"{where}: HostName {node.host_name!r} is neither a DNS name nor an IP address "
             "(no port and no https:// belong there)."
@@ -96,7 +95,7 @@ def _family_findings(where: str, node: "DERPNode", family: int, value: str) -> I
         if node.host_name.endswith(".internal"):
             yield f"{where}: IPv{family} is empty and {node.host_name} is in no public DNS; write an address or none."
         return
-    address = _address(value)
+    address = ip_address_of(value)
     if address is None or address.version != family:
         yield f"{where}: IPv{family} {value!r} is not an IPv{family} address; clients take it as none, so write none."
     elif address.is_unspecified or address.is_multicast:
@@ -125,15 +124,7 @@ def _duplicates(derp_map: "DERPMap") -> Iterator[str]:
             if node.name and node.name in names:
                 yield f"Node {node.name} is there twice (regions {names[node.name]} and {key}); names must be unique."
             names.setdefault(node.name, key)
-            for address in filter(_address, (node.ipv4, node.ipv6)):
+            for address in filter(ip_address_of, (node.ipv4, node.ipv6)):
                 place = (address, node.derp_port or 443)
                 if listeners.setdefault(place, node.name) != node.name:
                     yield f"Nodes {listeners[place]} and {node.name} share {address} port {place[1]}."
-
-
-def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        address = ipaddress.ip_address(text)
-    except ValueError:
-        return None
-    return None if getattr(address, "scope_id", None) else address

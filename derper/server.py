@@ -21,7 +21,7 @@ from typing import Any, Final
 from aiohttp import web
 
 from . import __version__, metrics
-from .certs import CertificateError, CertificatePair, pin
+from .certs import CertificateError, CertificatePair, ip_address_of, pin
 from .config import Config
 from .derpmap import DERPNode
 from .files import FileError
@@ -247,7 +247,7 @@ class Relay:
         """As stock derper: tell what to put into the DERP map (cmd/derper/cert.go)."""
         leaf = self.state.pairs[0].leaf
         host = self.config.hostname
-        if not _is_ip(host):
+        if ip_address_of(host) is None:
             return
         node = DERPNode(name="custom", region_id=900, host_name=host, cert_name=pin(leaf))
         entry = {"Name": node.name, "RegionID": node.region_id, "HostName": node.host_name, "CertName": node.cert_name}
@@ -354,10 +354,6 @@ class Relay:
 def _cannot_listen(kind: str, host: str, port: int, error: OSError, flag: str) -> str:
     why = (error.strerror or str(error)).lower()
     return f"cannot listen on {kind} {host or '*'}:{port}: {why}; stop what uses it or choose another with {flag}"
-
-
-def _is_ip(name: str) -> bool:
-    return name.replace(".", "").isdigit() or ":" in name
 
 
 def _timestamp(moment: datetime) -> str:
