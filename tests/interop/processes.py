@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ Event = dict[str, Any]
 
 HANG = 60.0
 """Seconds after which a test is taken to hang. Never a measure of speed."""
+
+# A run of tests that is killed takes along what cannot notice it (Linux; setpriv is part of util-linux).
+TETHER = ("setpriv", "--pdeathsig", "KILL", "--") if shutil.which("setpriv") else ()
 
 LINE_LIMIT = 4 << 20
 LOG_TAIL = 4000
@@ -52,7 +56,13 @@ class Child:
         """Start the process; a subclass also waits until it does its work."""
         with self.log.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                *self.argv, env=self.env, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, process_group=0
+                *TETHER,
+                *self.argv,
+                env=self.env,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                process_group=0,
             )
 
     @property
