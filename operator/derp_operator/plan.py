@@ -50,7 +50,7 @@ class Plan:
 def plan(region: Region, seen: Seen, now: datetime, maker: Maker) -> Plan:
     """What follows from one look at the cluster."""
     members = seen.members(region)
-    derpmap = _published(region, seen)
+    derpmap = published_map(region, seen)
     published = nodes_of(region, derpmap)
     recorded = recorded_nodes(seen, region)
     found = {pod: _endpoint(region, seen, pod) for pod in region.pods}
@@ -81,7 +81,8 @@ def plan(region: Region, seen: Seen, now: datetime, maker: Maker) -> Plan:
     )
 
 
-def _published(region: Region, seen: Seen) -> DERPMap | None:
+def published_map(region: Region, seen: Seen) -> DERPMap | None:
+    """The map that stands in the cluster, None if there is none."""
     data = seen.data("ConfigMap", names.derp_map(region.name))
     return read({key: value.decode() for key, value in data.items()} if data else None)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from .conditions import READY, Finding
 from .keyring import Maker
 from .kube import ApiError, Cluster, Object
 from .observe import Seen, answers, look
-from .plan import Plan, plan
+from .plan import Plan, plan, published_map
 from .probe import Prober
 from .publish import publish
 from .render import Inputs, children, config_hash, identities
@@ -77,14 +77,17 @@ class Reconciler:
         derpmap = publish(region, planned.published, [item.candidate for item in nodes]) or planned.derpmap
         manifests = children(region, Inputs(self.image, planned.members, planned.ring.data, planned.settings, derpmap))
         if _writable(planned):
-            await self._change(region, seen, manifests)
-        found = findings(region, planned, seen, nodes, derpmap)
-        return status(region, seen, nodes, derpmap, found, previous, self.now())
+            seen = await self._change(region, seen, manifests)
+        stands = published_map(region, seen)
+        found = findings(region, planned, seen, nodes, stands)
+        return status(region, seen, nodes, stands, found, previous, self.now())
 
-    async def _change(self, region: Region, seen: Seen, manifests: Sequence[Object]) -> None:
-        await apply(self.cluster, region, manifests, seen.live)
+    async def _change(self, region: Region, seen: Seen, manifests: Sequence[Object]) -> Seen:
+        """Make the cluster hold `manifests`; returns what is to be seen then, for a status that is true already."""
+        applied = await apply(self.cluster, region, manifests, seen.live)
         await prune(self.cluster, region, map(identity, manifests), seen.live)
         await self._touch(region, seen, config_hash(manifests, region, seen.given))
+        return replace(seen, live={**seen.live, **applied})
 
     async def _touch(self, region: Region, seen: Seen, digest: str) -> None:
         """Write the hash of keys and settings to the pods: the kubelet then refreshes their volumes at once."""

@@ -158,7 +158,9 @@ def _rollout(region: Region, seen: Seen) -> list[Finding]:
     status = item.get("status", {})
     behind = status.get("observedGeneration", 0) < item["metadata"].get("generation", 0)
     rolling = status.get("updateRevision") != status.get("currentRevision")
-    if not behind and not rolling:
+    if behind:
+        return [Finding(conditions.ROLLING_OUT, f"StatefulSet {region.name} is about to follow the spec.")]
+    if not rolling:
         return []
     done = status.get("updatedReplicas", 0)
     return [Finding(conditions.ROLLING_OUT, f"Pods are being replaced: {done} of {region.replicas} are new.")]
