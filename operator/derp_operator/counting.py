@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from . import names
 from .kube import Cluster, Object
+
+FORGOTTEN_AFTER: Final = 300.0
+"""Seconds after which an object that no pass has read again is taken to be gone; passes come more often."""
 
 
 class Watches:
     """Are the watches alive?  A version of an object that was read must also come as an event, within moments.
 
-    A dead watch looks like a quiet one from outside; the objects that passes read anyway tell them apart.
+    A dead watch looks like a quiet one from outside; the objects that passes read anyway tell them apart.  A read and
+    an event may cross, and an object may go meanwhile: what counts is for how long reads find what no event has told.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._seen: dict[str, str] = {}
-        self._late: dict[str, float] = {}
+        self._late: dict[str, tuple[float, float]] = {}  # since when, and until when, reads have found it
 
     def event(self, item: Mapping[str, Any], *, deleted: bool) -> None:
         """A watch reported `item`."""
@@ -33,12 +37,18 @@ class Watches:
     def read(self, item: Mapping[str, Any]) -> None:
         """A request returned `item`, of a kind and with labels that are watched."""
         uid, version = _version(item)
-        if self._seen.get(uid) != version:
-            self._late.setdefault(uid, self._clock())
+        if self._seen.get(uid) == version:
+            self._late.pop(uid, None)
+        else:
+            now = self._clock()
+            since, _ = self._late.get(uid, (now, now))
+            self._late[uid] = since, now
 
     def lag(self) -> float:
         """For how many seconds the watches have kept something to themselves."""
-        return max((self._clock() - since for since in self._late.values()), default=0.0)
+        recent = self._clock() - FORGOTTEN_AFTER
+        self._late = {uid: (since, until) for uid, (since, until) in self._late.items() if until >= recent}
+        return max((until - since for since, until in self._late.values()), default=0.0)
 
 
 class CountingCluster:

@@ -99,6 +99,27 @@ def test_a_silent_watch_is_told_from_a_quiet_one() -> None:
     assert watches.lag() == 0
 
 
+def test_a_read_that_crosses_an_event_is_no_silence() -> None:
+    """The liveness probe would end an operator whose watches are well."""
+    now = 0.0
+    watches = Watches(lambda: now)
+    watches.event(item("a", "2"), deleted=False)
+    watches.read(item("a", "1"))  # was on its way when the event came
+    watches.event(item("b", "1"), deleted=True)
+    watches.read(item("b", "1"))  # and here there will be no other event
+    now = 200
+    assert watches.lag() == 0
+    watches.read(item("a", "2"))
+    now = 400
+    assert watches.lag() == 0
+    watches.read(item("c", "1"))
+    now = 600
+    watches.read(item("c", "1"))
+    assert watches.lag() == 200, "a second sight is proof"
+    now = 1000
+    assert watches.lag() == 0, "but not for ever: the object may have gone"
+
+
 # -- the lease
 
 
