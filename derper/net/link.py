@@ -71,12 +71,13 @@ class Link(asyncio.BufferedProtocol):
     # -- asyncio.BufferedProtocol ---------------------------------------------------------------------
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """The shared buffer, with what is left of earlier reads in front."""
-        tail = self._tail
-        if not tail:
+        """The shared buffer, with what is left of earlier reads in front; a client with a rate gets little of it."""
+        tail, session = self._tail, self._session
+        limit = 0 if session is None else session.read_limit
+        if not tail and not limit:
             return self._hub.read_view
         self._hub.read_buffer[: len(tail)] = tail
-        return self._hub.read_view[len(tail) :]
+        return self._hub.read_view[len(tail) : len(tail) + limit if limit else None]
 
     def buffer_updated(self, nbytes: int) -> None:
         """`nbytes` were read behind the tail."""

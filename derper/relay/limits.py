@@ -12,6 +12,7 @@ __all__ = ["MIN_BURST", "QUEUE_DEPTH", "Limits", "TokenBucket"]
 
 QUEUE_DEPTH: Final = 32  #: packets queued for a client that does not read (derpserver, defaultPerClientSendQueueDepth)
 MIN_BURST: Final = MAX_PACKET + KEY_LEN  #: bytes; a bucket must hold at least one largest frame
+_SHORTEST_READ: Final = 4 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +36,14 @@ class Limits:
 class TokenBucket:
     """`rate` tokens per second, at most `burst` of them saved."""
 
-    __slots__ = ("_burst", "_rate", "_stamp", "_tokens")
+    __slots__ = ("_burst", "_rate", "_stamp", "_tokens", "slice")
 
     def __init__(self, rate: float, burst: float, now: float) -> None:
         self._rate = rate
         self._burst = self._tokens = float(burst)
         self._stamp = now
+        #: bytes to read at a time, a fiftieth of a second's worth: many short waits, and never a long one
+        self.slice = max(_SHORTEST_READ, int(rate / 50))
 
     def take(self, amount: float, now: float) -> float:
         """Take tokens, into debt if need be; seconds to wait until the debt is paid (0.0 if there is none)."""

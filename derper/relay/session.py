@@ -93,6 +93,7 @@ class Session:
         "not_ideal",
         "paused_since",
         "preferred",
+        "read_limit",
         "remote",
         "router",
         "sink",
@@ -127,6 +128,7 @@ class Session:
         self.sources: set[bytes] = set()  # keys that sent packets to this client
         self._skip = 0  # bytes of an unknown frame that are still to come
         self._bucket: TokenBucket | None = None
+        self.read_limit = 0  # bytes to read at a time while there is a bucket, else 0
         self._gone_bucket: TokenBucket | None = None
         # Made when first needed: most clients never fall behind.
         self._queue: deque[tuple[float, bytes]] | None = None
@@ -354,6 +356,7 @@ class Session:
     def set_bucket(self, bucket: TokenBucket | None) -> None:
         """Limit the bytes that this client may send; mesh peers are exempt."""
         self._bucket = None if self.can_mesh else bucket
+        self.read_limit = 0 if self._bucket is None else self._bucket.slice
 
     def throttle(self, size: int, now: float) -> float:
         """`size` bytes were read: seconds to stop reading, 0.0 for none."""

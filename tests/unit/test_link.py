@@ -284,6 +284,15 @@ async def test_a_client_over_its_rate_is_read_more_slowly() -> None:
         assert node.session(ALICE).throttle(1 << 30, 0.0) == 0.0
 
 
+async def test_a_client_with_a_rate_waits_often_and_never_for_long() -> None:
+    async with relay(limits=Limits(client_bytes_per_second=50_000)) as node:
+        alice = await logged_in(node, ALICE)
+        alice.send(frames.send_packet(BOB.public, bytes(1000)) * 300)
+        await until(lambda: node.hub.counters.rate_limit_waits)
+        burst, a_read = 65_568, 4096
+        assert node.hub.counters.bytes_received <= burst + a_read
+
+
 async def test_a_client_that_leaves_while_it_is_throttled() -> None:
     async with relay(limits=Limits(client_bytes_per_second=1)) as node:
         alice = await logged_in(node, ALICE)
