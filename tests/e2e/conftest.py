@@ -8,13 +8,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import pytest
 
 from dev.cluster import binaries, prepare, processes, state
 from dev.cluster.lifecycle import Cluster
-from dev.cluster.steps import Steps, UnsupportedError
+from dev.cluster.steps import ClusterError, Steps, UnsupportedError
 from tests.interop.gobuild import Peers, build_peers
 
 from .kube import Kube
@@ -40,6 +40,18 @@ def _check_machine() -> None:
         pytest.skip("there is no `go` on the PATH; install Go 1.26 to run the end-to-end tests")
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Two runs at a time would scale each other's relays."""
+    try:
+        stack = ExitStack()
+        stack.enter_context(state.lock("derp-e2e"))
+    except ClusterError:
+        pytest.exit("the end-to-end tests run on this machine already; wait until they are done", returncode=1)
+    with stack:
+        yield
+
+
 def _demo(command: str) -> None:
     """What `make demo` and `make demo-down` run, on the embedded cluster."""
     done = subprocess.run(
@@ -58,17 +70,18 @@ def kube(request: pytest.FixtureRequest) -> Iterator[Kube]:
     leaves nothing behind; one that was up before stays up."""
     _check_machine()
     paths = state.paths(os.environ)
-    was_up = bool(processes.find())
-    with _uncaptured(request.config):
-        print(f"\n==> e2e: {'using the running cluster' if was_up else 'starting a cluster'}", flush=True)
-        _demo("up")
-    yield Kube(binaries.KUBERNETES.directory(paths) / "kubectl", binaries.HELM.path(paths), paths.kubeconfig)
-    if was_up:
-        return
-    with _uncaptured(request.config):
-        print("\n==> e2e: taking the cluster down", flush=True)
-        _demo("down")
-    assert Cluster(paths, Steps()).leftovers() == []
+    with _alone():
+        was_up = bool(processes.find())
+        with _uncaptured(request.config):
+            print(f"\n==> e2e: {'using the running cluster' if was_up else 'starting a cluster'}", flush=True)
+            _demo("up")
+        yield Kube(binaries.KUBERNETES.directory(paths) / "kubectl", binaries.HELM.path(paths), paths.kubeconfig)
+        if was_up:
+            return
+        with _uncaptured(request.config):
+            print("\n==> e2e: taking the cluster down", flush=True)
+            _demo("down")
+        assert Cluster(paths, Steps()).leftovers() == []
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ _PATHS = {
     "Service": "api/v1/namespaces/{}/services",
     "StatefulSet": "apis/apps/v1/namespaces/{}/statefulsets",
     "PodDisruptionBudget": "apis/policy/v1/namespaces/{}/poddisruptionbudgets",
+    "Event": "api/v1/namespaces/{}/events",
     "DerpRegion": "apis/derp.network/v1alpha1/namespaces/{}/derpregions",
 }
 
@@ -137,7 +138,11 @@ class Kube:
             await self._delete_namespace(name)
 
     async def _delete_namespace(self, name: str) -> None:
-        await self.run("delete", "namespace", name, "--ignore-not-found", "--wait", f"--timeout={3 * HANG:.0f}s")
+        """The pods first: the cluster looks again at a namespace with pods only after half of their grace period."""
+        until = ["--wait", f"--timeout={3 * HANG:.0f}s"]
+        for kind in ("derpregion", "statefulset", "pod"):
+            await self.run("delete", kind, "--all", f"--namespace={name}", *until)
+        await self.run("delete", "namespace", name, "--ignore-not-found", *until)
 
 
 def region(name: str, namespace: str, region_id: int, **spec: Any) -> Object:

@@ -12,7 +12,7 @@ from tests.interop.gobuild import Peers
 from . import relays
 from .conftest import Report
 from .kube import Journal, Kube, is_true
-from .tailnet import DEMO, ENOUGH, OPERATOR, tailnet, told
+from .tailnet import DEMO, ENOUGH, tailnet, told
 
 CHILDREN = "statefulset,service,secret,configmap,poddisruptionbudget,networkpolicy,serviceaccount,pod"
 
@@ -102,10 +102,3 @@ async def test_the_operator_is_down_and_a_relay_is_lost(
     await kube.ready(DEMO.name, DEMO.namespace)
     await relays.operator_passes(kube, DEMO, 3)
     assert (await versions(kube)).items() >= quiet.items(), "nothing to do, and nothing was written"
-
-
-async def test_the_operator_refuses_nothing_while_it_is_down(kube: Kube) -> None:
-    """Deletion needs no operator: the region's objects carry no finalizer."""
-    region = await kube.get("derpregion", DEMO.name, DEMO.namespace)
-    assert "finalizers" not in region["metadata"]
-    assert OPERATOR.name not in str(region["metadata"].get("annotations", {}))

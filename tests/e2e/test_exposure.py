@@ -65,16 +65,22 @@ async def test_host_ports(kube: Kube, report: Report) -> None:
 
 
 async def test_host_ports_where_pod_security_forbids_them(kube: Kube) -> None:
+    """The region says where the reason is, and there it is."""
     async with (
         kube.namespace("e2e-forbidden") as namespace,
-        Journal(kube, namespace, "DerpRegion", "StatefulSet") as journal,
+        Journal(kube, namespace, "DerpRegion", "Event") as journal,
     ):
         await kube.apply(region("edge", namespace, 902, exposure={"type": "HostPort"}))
-        refused = await journal.until(
-            lambda c: c.kind == "DerpRegion" and "hostPort" in condition(c.object, "Ready").get("message", ""),
+        hint = "see the Events of StatefulSet edge"
+        told = await journal.until(
+            lambda c: c.kind == "DerpRegion" and hint in condition(c.object, "Ready").get("message", ""),
             "the region says why it has no pods",
         )
-        assert condition(refused.object, "Ready")["reason"] == "PodsPending"
+        assert condition(told.object, "Ready")["reason"] == "PodsPending"
+        await journal.until(
+            lambda c: c.kind == "Event" and "hostPort" in c.object["message"] and "violates" in c.object["message"],
+            "the StatefulSet's Event names the cause",
+        )
 
 
 async def test_cluster_addresses(kube: Kube) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from . import relays
 from .kube import Kube, region
+from .tailnet import DEMO
 
 NODE_PORTS = {"type": "NodePort"}
 EVERYTHING = "derpregion,statefulset,pod,service,secret,configmap,poddisruptionbudget,networkpolicy,serviceaccount"
@@ -17,6 +18,13 @@ EVERYTHING = "derpregion,statefulset,pod,service,secret,configmap,poddisruptionb
 async def operator_afterwards(kube: Kube) -> AsyncIterator[None]:
     yield
     await relays.scale_operator(kube, 1)
+
+
+async def test_nothing_waits_for_the_operator(kube: Kube) -> None:
+    """It leaves no finalizer on a region, and no note either."""
+    meta = (await kube.get("derpregion", DEMO.name, DEMO.namespace))["metadata"]
+    assert "finalizers" not in meta
+    assert set(meta.get("annotations", {})) <= {"kubectl.kubernetes.io/last-applied-configuration"}
 
 
 @pytest.mark.usefixtures("operator_afterwards")
