@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import pytest
@@ -17,6 +17,7 @@ from dev.cluster.lifecycle import Cluster
 from dev.cluster.steps import ClusterError, Steps, UnsupportedError
 from tests.interop.gobuild import Peers, build_peers
 
+from . import relays
 from .kube import Kube
 from .tailnet import DEMO
 
@@ -47,7 +48,7 @@ def _alone() -> Iterator[None]:
         stack = ExitStack()
         stack.enter_context(state.lock("derp-e2e"))
     except ClusterError:
-        pytest.exit("the end-to-end tests run on this machine already; wait until they are done", returncode=1)
+        pytest.fail("the end-to-end tests run on this machine already; wait until they are done", pytrace=False)
     with stack:
         yield
 
@@ -61,7 +62,7 @@ def _demo(command: str) -> None:
         stdin=subprocess.DEVNULL,
     )
     if done.returncode:
-        pytest.exit(f"`python -m dev.demo {command}` ended with status {done.returncode}", returncode=1)
+        pytest.fail(f"`python -m dev.demo {command}` ended with status {done.returncode}", pytrace=False)
 
 
 @pytest.fixture(scope="session")
@@ -108,6 +109,13 @@ def report(request: pytest.FixtureRequest) -> Report:
 async def demo_is_whole(kube: Kube) -> None:
     """Every test finds the demo's region Ready, whatever the one before it did."""
     await kube.ready(DEMO.name, DEMO.namespace)
+
+
+@pytest.fixture
+async def operator_afterwards(kube: Kube) -> AsyncIterator[None]:
+    """The operator is at work when the test is over, however it went."""
+    yield
+    await relays.scale_operator(kube, 1)
 
 
 @pytest.hookimpl(wrapper=True)

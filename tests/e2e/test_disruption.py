@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -15,13 +14,6 @@ from .kube import Journal, Kube, is_true
 from .tailnet import DEMO, ENOUGH, tailnet, told
 
 CHILDREN = "statefulset,service,secret,configmap,poddisruptionbudget,networkpolicy,serviceaccount,pod"
-
-
-@pytest.fixture
-async def operator_afterwards(kube: Kube) -> AsyncIterator[None]:
-    """The operator is at work when the test is over, however it went."""
-    yield
-    await relays.scale_operator(kube, 1)
 
 
 async def versions(kube: Kube) -> dict[tuple[str, str], str]:

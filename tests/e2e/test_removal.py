@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import pytest
 
 from . import relays
@@ -12,12 +10,6 @@ from .tailnet import DEMO
 
 NODE_PORTS = {"type": "NodePort"}
 EVERYTHING = "derpregion,statefulset,pod,service,secret,configmap,poddisruptionbudget,networkpolicy,serviceaccount"
-
-
-@pytest.fixture
-async def operator_afterwards(kube: Kube) -> AsyncIterator[None]:
-    yield
-    await relays.scale_operator(kube, 1)
 
 
 async def test_nothing_waits_for_the_operator(kube: Kube) -> None:
