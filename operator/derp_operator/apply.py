@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from . import conditions, names
 from .conditions import Finding
 from .diff import in_force
-from .kube import Cluster, Object
+from .kube import ApiError, Cluster, Object
 from .spec import Region
 
 Identity = tuple[str, str]
@@ -19,6 +20,10 @@ Live = Mapping[Identity, Object]
 KINDS: Final = (
     "ServiceAccount", "NetworkPolicy", "PodDisruptionBudget", "Secret", "ConfigMap", "Service", "StatefulSet",
 )  # fmt: skip
+
+_REFUSALS: Final = frozenset({400, 403, 413, 422})
+"""HTTP statuses that the same request meets again: what the user can do something about, not the operator."""
+_INDEPENDENT: Final = "Service"
 
 
 def identity(manifest: Mapping[str, Any]) -> Identity:
@@ -65,22 +70,52 @@ def _taken(region: Region, key: Identity, item: Mapping[str, Any]) -> Finding:
     )
 
 
-async def apply(cluster: Cluster, region: Region, manifests: Sequence[Object], live: Live) -> dict[Identity, Object]:
-    """Apply in order what differs; returns the objects as they are then.  Leaves alone what the region does not own.
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """The objects as they are then, and what the API server refused for good: a quota, a port that is taken, a rule."""
 
-    Each write names the object it was computed for, so that one that was replaced meanwhile is not touched.
+    live: Live
+    refused: Mapping[Identity, Finding]
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing was left out that something else relies on."""
+        return all(kind == _INDEPENDENT for kind, _ in self.refused)
+
+
+async def apply(cluster: Cluster, region: Region, manifests: Sequence[Object], live: Live) -> Applied:
+    """Apply in order what differs.  Leaves alone what the region does not own.
+
+    Each write names the object it was computed for, so that one that was replaced meanwhile is not touched.  Stops at
+    a refusal, as what follows relies on what came before; but nothing relies on a Service, and ports that move from
+    one to the next get free only by going on.
     """
     result: dict[Identity, Object] = {}
+    refused: dict[Identity, Finding] = {}
     for manifest in manifests:
         key = identity(manifest)
-        current = live.get(key)
-        if current is None:
-            result[key] = await cluster.apply(manifest)
-        elif owned(region, current) and not in_force(manifest, current, names.MANAGER):
-            result[key] = await cluster.apply(_pinned(manifest, current))
-        else:
-            result[key] = current
-    return result
+        try:
+            result[key] = await _apply_one(cluster, region, manifest, live.get(key))
+        except ApiError as error:
+            if error.status not in _REFUSALS:
+                raise
+            refused[key] = _refused(key, error)
+            if manifest["kind"] != _INDEPENDENT:
+                break
+    return Applied(result, refused)
+
+
+async def _apply_one(cluster: Cluster, region: Region, manifest: Object, current: Object | None) -> Object:
+    if current is None:
+        return await cluster.apply(manifest)
+    if owned(region, current) and not in_force(manifest, current, names.MANAGER):
+        return await cluster.apply(_pinned(manifest, current))
+    return current
+
+
+def _refused(key: Identity, error: ApiError) -> Finding:
+    text = f"The API server refuses {' '.join(key)}: {error.words.rstrip('.')}."
+    return Finding(conditions.CHILD_REFUSED, text, blocked=True)
 
 
 async def prune(cluster: Cluster, region: Region, wanted: Iterable[Identity], live: Live) -> None:

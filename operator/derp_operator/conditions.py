@@ -25,6 +25,7 @@ BLOCKED: Final = "Blocked"
 # What must be changed by hand
 INVALID_SPEC: Final = "InvalidSpec"
 NAME_TAKEN: Final = "NameTaken"
+CHILD_REFUSED: Final = "ChildRefused"
 KEYS_LOST: Final = "KeysLost"
 KEYS_DAMAGED: Final = "KeysDamaged"
 SECRET_NOT_FOUND: Final = "SecretNotFound"

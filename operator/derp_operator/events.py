@@ -36,6 +36,7 @@ _WARNINGS = frozenset(
     {
         conditions.INVALID_SPEC,
         conditions.NAME_TAKEN,
+        conditions.CHILD_REFUSED,
         conditions.KEYS_LOST,
         conditions.KEYS_DAMAGED,
         conditions.SECRET_NOT_FOUND,

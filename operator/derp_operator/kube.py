@@ -32,11 +32,14 @@ _PATHS: Final[Mapping[str, tuple[str, str]]] = {
 
 
 class ApiError(Exception):
-    """The API server refused or could not be reached.  `status` is the HTTP status, 0 if there was no answer."""
+    """The API server refused or could not be reached.  `status` is the HTTP status, 0 if there was no answer.
 
-    def __init__(self, status: int, reason: str, message: str) -> None:
+    `words` are the server's own, without the request.
+    """
+
+    def __init__(self, status: int, reason: str, message: str, words: str = "") -> None:
         super().__init__(message)
-        self.status, self.reason = status, reason
+        self.status, self.reason, self.words = status, reason, words or message
 
 
 class Connection(Protocol):
@@ -182,7 +185,7 @@ class Kube:
         answer = _json(text)
         if status >= 400:
             message = answer.get("message") or text[:200] or "no message"
-            raise ApiError(status, str(answer.get("reason") or status), f"{method} /{path}: {message}")
+            raise ApiError(status, str(answer.get("reason") or status), f"{method} /{path}: {message}", message)
         return answer
 
     def _open(self) -> _Session:

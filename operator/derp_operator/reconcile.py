@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from . import events, names
-from .apply import apply, identity, prune, taken
+from .apply import Applied, apply, identity, prune, taken
 from .conditions import READY, Finding
 from .keyring import Maker
 from .kube import ApiError, Cluster, Object
@@ -76,18 +76,23 @@ class Reconciler:
         nodes = health(planned, seen, replies, self.now())
         derpmap = publish(region, planned.published, [item.candidate for item in nodes]) or planned.derpmap
         manifests = children(region, Inputs(self.image, planned.members, planned.ring.data, planned.settings, derpmap))
+        refused: Sequence[Finding] = ()
         if _writable(planned):
-            seen = await self._change(region, seen, manifests)
+            applied = await self._change(region, seen, manifests)
+            refused = list(applied.refused.values())
+            if ("Secret", names.keys_secret(region.name)) not in applied.live:
+                return blocked(refused, region.generation, previous, self.now())  # the rest relies on keys that are not
+            seen = replace(seen, live={**seen.live, **applied.live})  # the status is about what stands now
         stands = published_map(region, seen)
-        found = findings(region, planned, seen, nodes, stands)
+        found = findings(region, planned, seen, nodes, stands, refused)
         return status(region, seen, nodes, stands, found, previous, self.now())
 
-    async def _change(self, region: Region, seen: Seen, manifests: Sequence[Object]) -> Seen:
-        """Make the cluster hold `manifests`; returns what is to be seen then, for a status that is true already."""
+    async def _change(self, region: Region, seen: Seen, manifests: Sequence[Object]) -> Applied:
         applied = await apply(self.cluster, region, manifests, seen.live)
-        await prune(self.cluster, region, map(identity, manifests), seen.live)
-        await self._touch(region, seen, config_hash(manifests, region, seen.given))
-        return replace(seen, live={**seen.live, **applied})
+        if applied.whole:
+            await prune(self.cluster, region, map(identity, manifests), seen.live)
+            await self._touch(region, seen, config_hash(manifests, region, seen.given))
+        return applied
 
     async def _touch(self, region: Region, seen: Seen, digest: str) -> None:
         """Write the hash of keys and settings to the pods: the kubelet then refreshes their volumes at once."""

@@ -135,10 +135,20 @@ def _created(pod: Mapping[str, Any]) -> datetime:
     return datetime.fromisoformat(pod["metadata"]["creationTimestamp"])
 
 
-def findings(region: Region, plan: Plan, seen: Seen, nodes: Iterable[Health], derpmap: DERPMap | None) -> list[Finding]:
-    """All that keeps the region from being as wanted, the most important first."""
+def findings(
+    region: Region,
+    plan: Plan,
+    seen: Seen,
+    nodes: Iterable[Health],
+    derpmap: DERPMap | None,
+    refused: Iterable[Finding] = (),
+) -> list[Finding]:
+    """All that keeps the region from being as wanted, the most important first.
+
+    `refused` is what the API server did not let the operator write.
+    """
     judged = list(nodes)
-    found = list(plan.findings) + [item.finding for item in judged if item.finding]
+    found = [*refused, *plan.findings, *(item.finding for item in judged if item.finding)]
     found.sort(key=lambda finding: (not finding.blocked, not finding.degraded))
     inside = nodes_of(region, derpmap)
     outside = [item.node.pod for item in judged if item.node.name not in inside]

@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 from derp_operator import names
+from derp_operator.kube import Object
 
 from derper.derpmap import from_json
 
 from .controlplane import ControlPlane
-from .world import World, condition, world
+from .world import HANG, World, condition, world
 
 
 @pytest.fixture
@@ -43,3 +44,80 @@ async def test_the_status_shows_the_map_that_stands(berlin: World) -> None:
     assert status["map"]["hash"] == hashlib.sha256(text).hexdigest()
     published = [node.ipv4 for node in from_json(text).regions[900].nodes]
     assert [node["ipv4"] for node in status["nodes"]] == published
+
+
+async def stuck(place: World) -> Object:
+    """Reconcile and play pods until nothing changes any more, though the operator tries on; returns the region."""
+    for _ in range(HANG):
+        before = await place.region()
+        await place.reconcile()
+        if not await place.play() and await place.region() == before:
+            return before
+    raise AssertionError(f"never comes to rest: {await place.region()}")
+
+
+async def quota(place: World, **hard: str) -> None:
+    """Limits for the namespace.  Nobody counts what is there: there are no controllers."""
+    path = f"api/v1/namespaces/{place.namespace}/resourcequotas"
+    await place.kube._request("POST", path, {}, {"metadata": {"name": "few"}, "spec": {"hard": hard}})
+    status = {"status": {"hard": hard, "used": dict.fromkeys(hard, "0")}}
+    await place.kube._request("PATCH", f"{path}/few/status", {}, status, "application/merge-patch+json")
+
+
+def ports(base: int) -> dict[str, object]:
+    return {"type": "NodePort", "nodePort": {"derpPortBase": base, "stunPortBase": base + 10}}
+
+
+async def test_a_node_port_that_is_taken_is_told_and_stops_nothing_else(api: ControlPlane, berlin: World) -> None:
+    async with world(api) as other:
+        meta = {"name": "taker", "namespace": other.namespace}
+        spec = {"type": "NodePort", "ports": [{"port": 80, "nodePort": 31921}]}
+        await other.kube.create({"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": spec})
+        await berlin.create(exposure=ports(31920))
+        region = await stuck(berlin)
+        ready = condition(region)
+        assert (ready["status"], ready["reason"]) == ("False", "ChildRefused")
+        assert "Service berlin-1: " in ready["message"]
+        assert "31921: provided port is already allocated" in ready["message"]
+        assert "PATCH" not in ready["message"]
+        assert ready["observedGeneration"] == region["metadata"]["generation"]
+        assert ("Warning", "ChildRefused") in await berlin.events()
+        assert len(await berlin.pods()) == 3
+        await other.remove("Service", "taker")
+        assert condition(await berlin.settle())["status"] == "True"
+
+
+@pytest.mark.parametrize(("old", "base"), [(31940, 31941), (31961, 31960)])
+async def test_node_ports_move_along(berlin: World, old: int, base: int) -> None:
+    await berlin.create(exposure=ports(old))
+    await berlin.settle()
+    await berlin.change(exposure=ports(base))
+    assert condition(await berlin.settle())["status"] == "True"
+    found = from_json((await berlin.data("ConfigMap", "berlin-derpmap"))[names.MAP_JSON])
+    assert [node.derp_port for node in found.regions[900].nodes] == [base, base + 1, base + 2]
+
+
+async def test_a_secret_over_quota_stops_what_relies_on_it(berlin: World) -> None:
+    await quota(berlin, secrets="0")
+    await berlin.create()
+    region = await stuck(berlin)
+    assert condition(region)["reason"] == "ChildRefused"
+    assert "Secret berlin-keys: " in condition(region)["message"]
+    assert "exceeded quota: few" in condition(region)["message"]
+    assert await berlin.kube.get("ConfigMap", berlin.namespace, "berlin-settings") is None
+    assert await berlin.kube.get("StatefulSet", berlin.namespace, "berlin") is None
+    path = f"api/v1/namespaces/{berlin.namespace}/resourcequotas/few"
+    await berlin.kube._request("DELETE", path)
+    assert condition(await berlin.settle())["status"] == "True"
+
+
+async def test_a_value_that_only_the_api_server_knows_is_wrong_is_told_and_heals(berlin: World) -> None:
+    await berlin.create()
+    await berlin.settle()
+    await berlin.change(pod={"resources": {"requests": {"memory": "2Gi"}, "limits": {"memory": "1Gi"}}})
+    region = await stuck(berlin)
+    assert condition(region)["reason"] == "ChildRefused"
+    assert "StatefulSet berlin: " in condition(region)["message"]
+    assert "must be less than or equal to memory limit" in condition(region)["message"]
+    await berlin.change(pod=None)
+    assert condition(await berlin.settle())["status"] == "True"
