@@ -27,7 +27,7 @@ from .derpmap import DERPNode
 from .files import FileError
 from .net.admission import Admission
 from .net.doorman import Doorman, Reception
-from .net.http import public_app, redirect_app
+from .net.http import connections, public_app, redirect_app
 from .net.hub import Hub
 from .net.listener import Listener, SocketOptions
 from .net.mesh import Mesh
@@ -223,10 +223,11 @@ class Relay:
         return TokenBucket(limits.accept_per_second, max(limits.accept_burst, 1), now)
 
     async def _runner(self, app: web.Application) -> Any:
-        runner = web.AppRunner(app, access_log=None, handle_signals=False, keepalive_timeout=_KEEP_ALIVE_HTTP)
+        runner = web.AppRunner(app, access_log=None, handle_signals=False)
         await runner.setup()
         self._runners.append(runner)
-        return runner.server
+        assert runner.server is not None
+        return connections(runner.server, _KEEP_ALIVE_HTTP)
 
     # -- keeping up ----------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """The first protocol of every connection: it reads one HTTP head and sends the connection where it belongs.
 
-``GET /derp`` with ``Upgrade: DERP`` becomes a `Link`; everything else is handed to aiohttp with the bytes
+``/derp`` with ``Upgrade: DERP`` becomes a `Link`; everything else is handed to aiohttp with the bytes
 already read.  aiohttp must not see the upgrade: its parser drops the bytes behind such a head, and with fast
 start these are the client's login.  (derp/derpserver/handler.go)
 """
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Final, Protocol, cast
@@ -46,8 +47,7 @@ class Reception:
 
 @dataclass(frozen=True, slots=True)
 class _Head:
-    path: str
-    upgrade: str
+    is_upgrade: bool  #: to DERP
     fast_start: bool
     ideal_node: str
 
@@ -89,15 +89,12 @@ class Doorman(asyncio.Protocol):
         except h11.RemoteProtocolError:
             self._answer(400, "Bad Request")
             return
-        if head.path == "/derp" and self._reception.serve_derp:
+        if head.is_upgrade and self._reception.serve_derp:
             self._derp(head, bytes(self._head[end:]))
         else:
             self._hand_to_http()
 
     def _derp(self, head: _Head, early: bytes) -> None:
-        if head.upgrade != "derp":
-            self._answer(426, "DERP requires connection upgrade")
-            return
         hub = self._reception.hub
         link = Link(hub, remote_of(self._transport), not_ideal=bool(head.ideal_node))
         greeting = b"" if head.fast_start else _switching(hub)
@@ -110,7 +107,7 @@ class Doorman(asyncio.Protocol):
         handler.data_received(bytes(self._head))
 
     def _answer(self, status: int, text: str) -> None:
-        reason = {400: "Bad Request", 426: "Upgrade Required", 431: "Request Header Fields Too Large"}[status]
+        reason = {400: "Bad Request", 431: "Request Header Fields Too Large"}[status]
         body = text.encode() + b"\n"
         head = (
             f"HTTP/1.1 {status} {reason}\r\nContent-Type: text/plain; charset=utf-8\r\n"
@@ -132,13 +129,27 @@ def _parse(raw: bytes) -> _Head:
     event = connection.next_event()
     if not isinstance(event, h11.Request):
         raise h11.RemoteProtocolError("no request")
-    headers = {name: value.decode("latin-1") for name, value in event.headers}
+    if not event.http_version.startswith(b"1."):
+        raise h11.RemoteProtocolError("not HTTP/1")
+    headers: dict[bytes, str] = {}
+    for name, value in event.headers:
+        headers.setdefault(name, value.decode("latin-1"))  # the first one counts, as in Go
     return _Head(
-        path=event.target.decode("latin-1").partition("?")[0],
-        upgrade=headers.get(b"upgrade", "").lower(),
+        is_upgrade=_path(event.target) == "/derp" and _upgrades(headers),
         fast_start=headers.get(b"derp-fast-start") == "1",
         ideal_node=headers.get(b"ideal-node", ""),
     )
+
+
+def _path(target: bytes) -> str:
+    """Of the target's two forms, ``/derp?query`` and ``http://host/derp?query``."""
+    return re.sub(r"(?i)^https?://[^/?]*", "", target.decode("latin-1")).partition("?")[0]
+
+
+def _upgrades(headers: Mapping[bytes, str]) -> bool:
+    """Early clients said "WebSocket" and spoke DERP; one that wants WebSocket in earnest names the subprotocol."""
+    upgrade = headers.get(b"upgrade", "").lower()
+    return upgrade == "derp" or (upgrade == "websocket" and "derp" not in headers.get(b"sec-websocket-protocol", ""))
 
 
 def _switching(hub: Hub) -> bytes:

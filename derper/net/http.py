@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Awaitable, Callable
-from typing import Final
+from collections.abc import Awaitable, Callable, Mapping
+from html import escape
+from typing import Any, Final
 
 from aiohttp import web
 
-__all__ = ["public_app", "redirect_app"]
+__all__ = ["connections", "public_app", "redirect_app"]
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -32,8 +34,7 @@ def public_app(home: str, *, derp: bool) -> web.Application:
         app.router.add_route("*", path, probe)
     app.router.add_route("*", "/generate_204", generate_204)
     app.router.add_route("*", "/robots.txt", robots)
-    if not derp:
-        app.router.add_route("*", "/derp", disabled)
+    app.router.add_route("*", "/derp", no_upgrade if derp else disabled)
     app.router.add_route("*", "/{path:.*}", _home(home))
     return app
 
@@ -46,10 +47,33 @@ def redirect_app() -> web.Application:
     return app
 
 
+def connections(server: web.Server, keep_alive: float) -> Callable[[], asyncio.Protocol]:
+    """Makes the protocol for one connection to the server; an idle one lives `keep_alive` seconds."""
+    loop = asyncio.get_running_loop()
+    options: dict[str, Any] = {"access_log": None, "keepalive_timeout": keep_alive}
+    return lambda: _Connection(server, loop=loop, **options)
+
+
+class _Connection(web.RequestHandler):
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """A request that is none is the client's mistake: no traceback in the log, no word on how it was read."""
+        if status >= 500:
+            return super().handle_error(request, status, exc, message)
+        response = web.Response(status=status, text=f"{status} Bad Request\n", headers={"Server": ""})
+        response.force_close()
+        return response
+
+
 async def probe(request: web.Request) -> web.StreamResponse:
     """Where clients without UDP measure latency."""
     if request.method not in ("GET", "HEAD"):
-        return web.Response(status=405, text="bogus probe method\n")
+        return _error(405, "bogus probe method")
     return web.Response(headers={"Access-Control-Allow-Origin": "*"})
 
 
@@ -69,15 +93,23 @@ async def robots(_request: web.Request) -> web.StreamResponse:
 
 async def disabled(_request: web.Request) -> web.StreamResponse:
     """``/derp`` with ``-derp=false``."""
-    return web.Response(status=404, text="derp server disabled\n")
+    return _error(404, "derp server disabled")
+
+
+async def no_upgrade(request: web.Request) -> web.StreamResponse:
+    """``/derp`` for those who do not upgrade, or too late: the doorman looks at a connection's first request only."""
+    response = _error(426, "DERP requires connection upgrade")
+    if "Upgrade" in request.headers:
+        response.force_close()
+    return response
 
 
 async def to_https(request: web.Request) -> web.StreamResponse:
     """The same page, with TLS."""
     if request.method not in ("GET", "HEAD"):
-        return web.Response(status=400, text="Use HTTPS\n")
+        return _error(400, "Use HTTPS")
     host = re.sub(r"[^A-Za-z0-9.:\[\]_-]", "", request.host)
-    return web.Response(status=302, headers={"Location": f"https://{host}{request.raw_path}"})
+    return _redirect(f"https://{host}{request.raw_path}")
 
 
 def _home(home: str) -> Handler:
@@ -85,13 +117,36 @@ def _home(home: str) -> Handler:
         return web.Response(content_type="text/html", charset="utf-8", headers=_BROWSER_HEADERS)
 
     async def redirect(_request: web.Request) -> web.StreamResponse:
-        return web.Response(status=302, headers={"Location": home, **_BROWSER_HEADERS})
+        return _redirect(home, _BROWSER_HEADERS)
 
     return redirect if home.startswith("http") else blank
 
 
+def _error(status: int, text: str) -> web.Response:
+    """As Go's http.Error."""
+    return web.Response(status=status, text=text + "\n", headers={"X-Content-Type-Options": "nosniff"})
+
+
+def _redirect(location: str, headers: Mapping[str, str] | None = None) -> web.Response:
+    """As Go's http.Redirect."""
+    body = f'<a href="{escape(location)}">Found</a>.\n\n'
+    return web.Response(
+        status=302,
+        text=body,
+        content_type="text/html",
+        charset="utf-8",
+        headers={"Location": location, **(headers or {})},
+    )
+
+
+@web.middleware
+async def _no_proxy(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Stock derper without -ace (cmd/derper/ace.go)."""
+    return _error(403, "CONNECT not enabled") if request.method == "CONNECT" else await handler(request)
+
+
 def _app() -> web.Application:
-    app = web.Application()
+    app = web.Application(middlewares=[_no_proxy])
     app.on_response_prepare.append(_unsigned)
     return app
 

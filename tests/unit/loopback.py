@@ -17,7 +17,7 @@ from derper.certs import CertificatePair
 from derper.client import Client, Endpoint, Options, dial_endpoint
 from derper.net.admission import Admission
 from derper.net.doorman import Doorman, Reception
-from derper.net.http import public_app
+from derper.net.http import connections, public_app
 from derper.net.hub import Hub
 from derper.net.listener import Listener, SocketOptions
 from derper.net.tls import ServerTLS
@@ -154,7 +154,8 @@ async def relay(
         server_tls.load([pair_for(HOST_NAME)], datetime.now(UTC))
     runner = web.AppRunner(public_app(home, derp=serve_derp), access_log=None, handle_signals=False)
     await runner.setup()
-    reception = Reception(hub, runner.server, serve_derp=serve_derp)  # type: ignore[arg-type]
+    assert runner.server is not None
+    reception = Reception(hub, connections(runner.server, 30.0), serve_derp=serve_derp)
     context = (lambda: server_tls.context) if tls else None
     listener = Listener.listen("127.0.0.1", 0, lambda: Doorman(reception), context=context, options=SocketOptions())
     running = LoopbackRelay(hub, listener, server_tls, problems)

@@ -74,6 +74,9 @@ async def test_bytes_behind_an_ordinary_upgrade_are_kept(node: LoopbackRelay) ->
         b"GET /derp?x=1 HTTP/1.1\r\nHost: x\r\nUpgrade: DERP\r\n\r\n",
         b"GET /derp HTTP/1.0\r\nUpgrade: DERP\r\n\r\n",
         b"GET /derp HTTP/1.1\r\nHost: x\r\nUpgrade: DERP\r\nDerp-Fast-Start: 0\r\n\r\n",
+        b"GET /derp HTTP/1.1\r\nHost: x\r\nUpgrade: DERP\r\nUpgrade: h2c\r\n\r\n",
+        b"GET http://x/derp?x=1 HTTP/1.1\r\nHost: x\r\nUpgrade: DERP\r\n\r\n",
+        b"GET /derp HTTP/1.1\r\nHost: x\r\nUpgrade: WebSocket\r\n\r\n",
     ],
 )
 async def test_other_spellings_of_an_upgrade(node: LoopbackRelay, head: bytes) -> None:
@@ -107,8 +110,8 @@ async def test_a_head_in_pieces(node: LoopbackRelay) -> None:
 @pytest.mark.parametrize(
     ("request_", "status", "body"),
     [
-        (b"GET /derp HTTP/1.1\r\nHost: x\r\n\r\n", 426, b"DERP requires connection upgrade\n"),
         (b"GET /derp HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\n\r\n", 426, b"DERP requires connection upgrade\n"),
+        (b"GET /derp HTTP/2.0\r\nHost: x\r\n\r\n", 400, b"Bad Request\n"),
         (b"hello\r\n\r\n", 400, b"Bad Request\n"),
         (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", 400, b"Bad Request\n"),
         (b"GET /derp HTTP/1.1\r\nno colon\r\n\r\n", 400, b"Bad Request\n"),
@@ -126,6 +129,41 @@ async def test_turned_away_in_one_sentence(node: LoopbackRelay, request_: bytes,
     assert b"\r\nConnection: close\r\n" in answer
     assert answer.endswith(b"\r\n\r\n" + body)
     assert not node.hub.links
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        b"GET / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nX: y\r\n folded\r\n\r\n",
+        b"\x00\xff\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nmany\r\n",
+    ],
+)
+async def test_a_later_request_that_is_none(
+    node: LoopbackRelay, later: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = await node.connect()
+    client.send(b"GET /generate_204 HTTP/1.1\r\nHost: x\r\n\r\n")
+    await client.head()
+    client.send(later)
+    answer = await client.rest()
+    assert b"HTTP/1.1 4" in answer or b"HTTP/1.0 4" in answer
+    assert b"aiohttp" not in answer
+    assert answer.endswith(b"400 Bad Request\n")
+    assert not caplog.text
+
+
+async def test_a_second_request_for_derp(node: LoopbackRelay) -> None:
+    client = await node.connect()
+    client.send(b"GET /derp HTTP/1.1\r\nHost: x\r\n\r\n", b"HEAD /derp HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert (await client.head()).startswith(b"HTTP/1.1 426 ")
+    assert await client.exactly(33) == b"DERP requires connection upgrade\n"
+    assert (await client.head()).startswith(b"HTTP/1.1 426 ")
+    client.send(UPGRADE)
+    answer = await client.rest()
+    assert answer.startswith(b"HTTP/1.1 426 ")
+    assert b"\r\nConnection: close\r\n" in answer
 
 
 async def test_the_longest_head(node: LoopbackRelay) -> None:
@@ -200,6 +238,7 @@ async def test_odd_challenges_are_not_repeated(node: LoopbackRelay, challenge: b
         (b"GET", b"/derp/probe", 200),
         (b"HEAD", b"/derp/latency-check", 200),
         (b"POST", b"/derp/latency-check", 405),
+        (b"CONNECT", b"x:443", 403),
         (b"GET", b"/derp/other", 200),
         (b"GET", b"/debug/", 200),
     ],
