@@ -182,11 +182,11 @@ def _key_findings(ring: KeyRing) -> list[Finding]:
 def _address_findings(
     region: Region, seen: Seen, found: Mapping[str, Endpoint | Finding], published: Mapping[str, DERPNode]
 ) -> list[Finding]:
-    """What keeps pods without an address.  For a node in the map the last known one holds."""
+    """What keeps pods without an address.  In the map the last known one holds, and is fine while a pod restarts."""
     return [
         item
         for number, (pod, item) in enumerate(found.items())
         if isinstance(item, Finding)
         and pod in seen.pods
-        and (item.blocked or names.node_name(region.region_id, number) not in published)
+        and (item.blocked or address(seen.pods[pod]) or names.node_name(region.region_id, number) not in published)
     ]

@@ -46,6 +46,23 @@ async def test_the_status_shows_the_map_that_stands(berlin: World) -> None:
     assert [node["ipv4"] for node in status["nodes"]] == published
 
 
+async def test_a_region_is_not_ready_before_its_addresses_are_the_wanted_ones(berlin: World) -> None:
+    await berlin.create()
+    await berlin.settle()
+    before = await berlin.data("ConfigMap", "berlin-derpmap")
+    await berlin.change(exposure={"type": "LoadBalancer"})
+    region = await berlin.settle()
+    assert (condition(region)["status"], condition(region)["reason"]) == ("False", "AddressPending")
+    assert "Service berlin-0 has no load balancer address" in condition(region)["message"]
+    assert await berlin.data("ConfigMap", "berlin-derpmap") == before
+    for number in range(3):
+        ingress = [{"ip": f"192.0.2.{number}"}]
+        await berlin.patch_status("Service", f"berlin-{number}", {"loadBalancer": {"ingress": ingress}})
+    assert condition(await berlin.settle())["status"] == "True"
+    await berlin.patch_status("Service", "berlin-1", {"loadBalancer": {"ingress": None}})
+    assert condition(await berlin.settle())["reason"] == "AddressPending"
+
+
 async def stuck(place: World) -> Object:
     """Reconcile and play pods until nothing changes any more, though the operator tries on; returns the region."""
     for _ in range(HANG):
