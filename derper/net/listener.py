@@ -21,6 +21,7 @@ log = logging.getLogger("derper")
 _BACKLOG: Final = 1024
 _ACCEPTS_AT_ONCE: Final = 64
 _HANDSHAKES_AT_ONCE: Final = 2000
+_HANDSHAKE_GRACE: Final = 5.0  # seconds; one that takes longer gives way when there are too many
 _OUT_OF_FILES_PAUSE: Final = 0.5  # seconds
 
 
@@ -62,7 +63,7 @@ class Listener:
         self._context = context
         self._options = options
         self._loop = asyncio.get_running_loop()
-        self._handshakes: set[asyncio.Task[None]] = set()
+        self._handshakes: dict[asyncio.Task[None], float] = {}  # and when it began, the oldest first
         self.limit: TokenBucket | None = None
         self.accepted = 0
         self.rejected = 0
@@ -95,7 +96,7 @@ class Listener:
         if self._sock.fileno() >= 0:
             self._loop.remove_reader(self._sock.fileno())
             self._sock.close()
-        for task in self._handshakes:
+        for task in tuple(self._handshakes):
             task.cancel()
 
     def _accept(self) -> None:
@@ -115,9 +116,19 @@ class Listener:
             self._welcome(conn)
 
     def _refused(self) -> bool:
-        if len(self._handshakes) >= _HANDSHAKES_AT_ONCE:
+        if len(self._handshakes) >= _HANDSHAKES_AT_ONCE and not self._give_up_oldest():
             return True
         return self.limit is not None and not self.limit.allow(self._loop.time())
+
+    def _give_up_oldest(self) -> bool:
+        """Make room: who connects and says nothing must not keep out those who do, nor a rush spoil its own work."""
+        task, since = next(iter(self._handshakes.items()))
+        if self._loop.time() - since < _HANDSHAKE_GRACE:
+            return False
+        del self._handshakes[task]
+        task.cancel()
+        self.rejected += 1
+        return True
 
     def _rest(self, error: OSError) -> None:
         """Out of file descriptors: do not spin on a socket that stays readable."""
@@ -134,8 +145,8 @@ class Listener:
         conn.setblocking(False)
         self._options.apply(conn)
         task = self._loop.create_task(self._handshake(conn))
-        self._handshakes.add(task)
-        task.add_done_callback(self._handshakes.discard)
+        self._handshakes[task] = self._loop.time()
+        task.add_done_callback(lambda task: self._handshakes.pop(task, None))
 
     async def _handshake(self, conn: socket.socket) -> None:
         """TLS; the doorman takes over from there."""

@@ -120,6 +120,19 @@ async def test_too_many_handshakes_at_once(node: LoopbackRelay, monkeypatch: pyt
     assert node.listener.rejected == 1
 
 
+async def test_a_silent_client_gives_way(node: LoopbackRelay, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener_module, "_HANDSHAKES_AT_ONCE", 1)
+    monkeypatch.setattr(listener_module, "_HANDSHAKE_GRACE", 0.0)
+    silent = await node.connect()
+    await until(lambda: node.listener._handshakes)
+    before = len(os.listdir("/proc/self/fd"))
+    await node.connect(ssl=trusting())
+    assert await silent.rest() == b""
+    await silent.close()
+    # The silent one's two ends went, the other's came.
+    await until(lambda: len(os.listdir("/proc/self/fd")) == before)
+
+
 async def test_out_of_file_descriptors(node: LoopbackRelay, monkeypatch: pytest.MonkeyPatch) -> None:
     """It rests, and goes on."""
     monkeypatch.setattr(listener_module, "_OUT_OF_FILES_PAUSE", 0.01)
