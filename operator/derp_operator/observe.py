@@ -21,11 +21,14 @@ from .spec import Region
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """One look at the cluster.  `pods` by name, `nodes` by name (only readable ones), `secrets` those of the user."""
+    """One look at the cluster.  `pods` by name, `secrets` those of the user.
+
+    `nodes` by name: only readable ones, and None for those that a pod still names but that have gone.
+    """
 
     live: Mapping[Identity, Object]
     pods: Mapping[str, Object]
-    nodes: Mapping[str, Object]
+    nodes: Mapping[str, Object | None]
     secrets: Mapping[str, Data]
     clients: Data
 
@@ -121,20 +124,16 @@ async def _clients(cluster: Cluster, region: Region) -> Data:
     return content(item, source.kind) if source and item else None
 
 
-async def _nodes(cluster: Cluster, region: Region, pods: Iterable[Object]) -> dict[str, Object]:
+async def _nodes(cluster: Cluster, region: Region, pods: Iterable[Object]) -> dict[str, Object | None]:
     """The Nodes that may have an ExternalIP for us.  Without the right to read Nodes there are none."""
     exposure = region.exposure
     if exposure.type not in ("NodePort", "HostPort") or exposure.address_type == "InternalIP":
         return {}
     wanted = sorted({pod["spec"]["nodeName"] for pod in pods if pod["spec"].get("nodeName")})
-    found = await asyncio.gather(*(_node(cluster, name) for name in wanted))
-    return {name: node for name, node in zip(wanted, found, strict=True) if node}
-
-
-async def _node(cluster: Cluster, name: str) -> Object | None:
     try:
-        return await cluster.get("Node", None, name)
+        found = await asyncio.gather(*(cluster.get("Node", None, name) for name in wanted))
     except ApiError as error:
         if error.status == 403:
-            return None
+            return {}
         raise
+    return dict(zip(wanted, found, strict=True))

@@ -95,7 +95,10 @@ def _known(region: Region, recorded: Mapping[str, Any], published: Mapping[str, 
 
 def _endpoint(region: Region, seen: Seen, pod: str) -> Endpoint | Finding:
     running = seen.pods.get(pod)
-    node = seen.nodes.get(running["spec"].get("nodeName", "")) if running else None
+    name = running["spec"].get("nodeName", "") if running else ""
+    node = seen.nodes.get(name)
+    if name in seen.nodes and node is None:  # without the Node its ExternalIP would look like none
+        return Finding(conditions.ADDRESS_PENDING, f"Node {name}, which pod {pod} was on, has gone.")
     return endpoint(region, pod, seen.live.get(("Service", pod)), running, node)
 
 

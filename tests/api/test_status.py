@@ -63,6 +63,21 @@ async def test_a_region_is_not_ready_before_its_addresses_are_the_wanted_ones(be
     assert condition(await berlin.settle())["reason"] == "AddressPending"
 
 
+async def test_a_node_that_is_gone_does_not_change_the_address_of_its_pod(berlin: World) -> None:
+    await berlin.create()
+    await berlin.settle()
+    for number in range(3):
+        await berlin.node_addresses(number, f"203.0.113.{number}")
+    await berlin.settle()
+    before = await berlin.data("ConfigMap", "berlin-derpmap")
+    assert b"203.0.113.1" in before[names.MAP_JSON]
+    await berlin.lose_node(1)
+    region = await berlin.settle()
+    assert await berlin.data("ConfigMap", "berlin-derpmap") == before
+    assert condition(region)["status"] == "False"
+    assert "which pod berlin-1 was on, has gone" in condition(region)["message"]
+
+
 async def stuck(place: World) -> Object:
     """Reconcile and play pods until nothing changes any more, though the operator tries on; returns the region."""
     for _ in range(HANG):

@@ -104,6 +104,10 @@ class World:
     async def start(self, owner: Object, pod: str) -> None:
         """A pod that runs and is ready."""
         number = int(pod.rpartition("-")[2])
+        node = f"{self.namespace}-node-{number}"
+        if await self.kube.get("Node", None, node) is None:
+            body: Object = {"metadata": {"name": node}}
+            await self.kube._request("POST", "api/v1/nodes", {}, body)
         template = owner["spec"]["template"]
         await self.kube.create(
             {
@@ -115,7 +119,7 @@ class World:
                     "labels": template["metadata"]["labels"] | {"statefulset.kubernetes.io/pod-name": pod},
                     "annotations": template["metadata"].get("annotations", {}),
                 },
-                "spec": template["spec"] | {"nodeName": f"node-{number}"},
+                "spec": template["spec"] | {"nodeName": node},
             }
         )
         await self.pod_status(
@@ -133,6 +137,18 @@ class World:
         path = f"api/v1/namespaces/{self.namespace}/pods/{pod}"
         await self.kube._request("DELETE", path, {"gracePeriodSeconds": "0"})
         self.relays.known.discard(pod)
+
+    async def node_addresses(self, number: int, *external: str) -> None:
+        """What a cloud provider writes to the Node of a pod."""
+        addresses = [{"type": "ExternalIP", "address": ip} for ip in external]
+        path = f"api/v1/nodes/{self.namespace}-node-{number}/status"
+        await self.kube._request(
+            "PATCH", path, {}, {"status": {"addresses": addresses}}, "application/merge-patch+json"
+        )
+
+    async def lose_node(self, number: int) -> None:
+        """A Node goes; its pod is still named, and will be for a while."""
+        await self.kube._request("DELETE", f"api/v1/nodes/{self.namespace}-node-{number}")
 
     async def pod_status(self, pod: str, **status: Any) -> None:
         path = f"api/v1/namespaces/{self.namespace}/pods/{pod}/status"
