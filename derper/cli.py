@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from . import __version__, config, probe, region
 from .config import Config, UsageError
-from .runtime import run, set_up_logging, stop_signals
+from .runtime import raise_file_limit, run, set_up_logging, stop_signals
 from .server import Relay, StartError
 
 __all__ = ["main"]
@@ -55,6 +55,7 @@ def _relay(arguments: list[str]) -> int:
         print(f"derper: {error}", file=sys.stderr)
         return 2
     set_up_logging()
+    raise_file_limit()
     try:
         run(lambda: serve(chosen))
     except StartError as error:

@@ -1,14 +1,19 @@
-"""Running coroutines as a process: the event loop, signals, logging."""
+"""Running coroutines as a process: the event loop, signals, logging, limits of the system."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import signal
+import sys
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["run", "set_up_logging", "stop_signals"]
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
+
+__all__ = ["raise_file_limit", "report_unraisable", "run", "set_up_logging", "stop_signals"]
 
 
 def stop_signals() -> asyncio.Event:
@@ -36,3 +41,22 @@ def set_up_logging() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%Y/%m/%d %H:%M:%S")
     # Its warnings are about each write to a client that is just going: under traffic that is a flood.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
+    sys.unraisablehook = report_unraisable
+
+
+def report_unraisable(problem: UnraisableHookArgs) -> None:
+    """Python's own report, but not about a name in SNI that is not ASCII: ssl cannot raise it, and anybody can send it.
+
+    The handshake fails all the same.
+    """
+    if not (isinstance(problem.exc_value, UnicodeDecodeError) and isinstance(problem.object, bytes)):
+        sys.__unraisablehook__(problem)
+
+
+def raise_file_limit() -> None:
+    """Allow as many open files, and so clients, as the system lets us; Go's programs do this by themselves."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    except (ValueError, OSError):  # macOS has no such limit, and does not take that for a number
+        logging.getLogger("derper").debug("the limit of open files stays as it is")
