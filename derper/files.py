@@ -57,16 +57,22 @@ class Watched(Generic[_T]):
         self.failures = 0
 
     def poll(self) -> bool:
-        """Look whether the files changed, and load them if so; true if they did: see `problem` for how it went."""
+        """Look whether the files changed, and load them if so; true if there is news: see `problem` for how it went.
+
+        What cannot be used is tried again each time: a certificate becomes valid, a descriptor becomes free.
+        """
         seen = [_signature(path) for path in self._paths()]
-        if seen == self._seen:
+        same, before = seen == self._seen, self.problem
+        if same and before is None:
             return False
         self._seen = seen
         try:
             self._apply(self._load())
         except (FileError, ValueError, OSError) as error:  # the errors of keys, certificates and lists are ValueErrors
-            self.failures += 1
             self.problem = f"{self.what}: {_sentence(error)}"
+            if same and self.problem == before:
+                return False
+            self.failures += 1
             return True
         self.loads += 1
         self.problem = None

@@ -20,6 +20,7 @@ from .config import Config
 from .files import FileError, Watched
 from .net.hub import MeshKeys
 from .net.mesh import Peer
+from .net.tls import check_usable
 from .relay.admission import AdmissionPolicy, KeyListError, parse_key_list
 from .relay.limits import Limits
 from .settings import Settings, parse_settings
@@ -180,6 +181,7 @@ class RelayState:
         for stem, pair in zip(self._stems(), pairs, strict=True):
             name = "" if self.config.settings else self.config.hostname
             check(pair.leaf, now=now, name=name, source=f"{stem}.crt")
+            check_usable(pair, f"{stem}.crt")
         return pairs
 
     def _read_settings(self, path: Path) -> Settings:

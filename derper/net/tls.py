@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from .. import certs
 from ..certs import CertificatePair
 
-__all__ = ["ServedCertificate", "ServerTLS"]
+__all__ = ["ServedCertificate", "ServerTLS", "check_usable", "utc_now"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,8 @@ class ServerTLS:
         context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE
         context.num_tickets = 0  # clients do not resume, and a ticket costs each connection a write
         context.sni_callback = self._choose
-        _load_chain(context, pair, meta)
+        chain = pair.cert_pem.rstrip() + b"\n" + meta.public_bytes(Encoding.PEM)
+        _load_chain(context, chain, pair.key_pem, "the certificate")
         leaf = pair.leaf
         return ServedCertificate(certs.names(leaf), certs.pin(leaf), leaf.not_valid_after_utc, context)
 
@@ -96,13 +97,20 @@ class ServerTLS:
         return None if self._serve_unknown else ssl.AlertDescription.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
 
 
-def _load_chain(context: ssl.SSLContext, pair: CertificatePair, meta: x509.Certificate) -> None:
-    chain = pair.cert_pem.rstrip() + b"\n" + meta.public_bytes(Encoding.PEM)
-    with _as_file(chain) as cert_path, _as_file(pair.key_pem) as key_path:
+def check_usable(pair: CertificatePair, source: str) -> None:
+    """Whether OpenSSL would serve the pair: it refuses small keys and old hashes.  `source` names it in errors.
+
+    Raises `certs.CertificateError`.
+    """
+    _load_chain(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), pair.cert_pem, pair.key_pem, source)
+
+
+def _load_chain(context: ssl.SSLContext, chain: bytes, key: bytes, source: str) -> None:
+    with _as_file(chain) as cert_path, _as_file(key) as key_path:
         try:
             context.load_cert_chain(cert_path, key_path)
         except ssl.SSLError as error:
-            raise certs.CertificateError(f"OpenSSL refuses the certificate: {error.reason or error}.") from None
+            raise certs.CertificateError(f"OpenSSL refuses {source}: {error.reason or error}.") from None
 
 
 @contextmanager
