@@ -24,6 +24,11 @@ KINDS: Final = (
 _REFUSALS: Final = frozenset({400, 403, 413, 422})
 """HTTP statuses that the same request meets again: what the user can do something about, not the operator."""
 _INDEPENDENT: Final = "Service"
+_NO_VERSION: Final = "1"
+"""The resourceVersion of no object (etcd's first revision is that of an empty store): with it server-side apply
+creates, and conflicts with whatever came into being meanwhile: a delayed request of our own with other keys, another
+operator's, somebody else's object.
+"""
 
 
 def identity(manifest: Mapping[str, Any]) -> Identity:
@@ -107,7 +112,7 @@ async def apply(cluster: Cluster, region: Region, manifests: Sequence[Object], l
 
 async def _apply_one(cluster: Cluster, region: Region, manifest: Object, current: Object | None) -> Object:
     if current is None:
-        return await cluster.apply(manifest)
+        return await cluster.apply(manifest | {"metadata": manifest["metadata"] | {"resourceVersion": _NO_VERSION}})
     if owned(region, current) and not in_force(manifest, current, names.MANAGER):
         return await cluster.apply(_pinned(manifest, current))
     return current

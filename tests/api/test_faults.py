@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from derp_operator import names
 from derp_operator.apply import KINDS
-from derp_operator.kube import ApiError
+from derp_operator.kube import ApiError, Cluster, Object
 
 from derper.derpmap import from_json
 
@@ -88,6 +88,49 @@ async def test_a_fault_at_any_write_changes_nothing_in_the_end(
             await _settle_through(place, recorder)
             await place.settle()
             assert await snapshot(place) == calm, f"after a fault at write {number}: {recorder.writes[number - 1]}"
+
+
+class Delayed(Recorder):
+    """The first write of the Secret is carried out later than its answer was waited for."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        super().__init__(cluster)
+        self.delayed: Object | None = None
+
+    async def apply(self, manifest: Object, subresource: str = "") -> Object:
+        if manifest["kind"] == "Secret" and self.delayed is None:
+            self.delayed = manifest
+            raise ApiError(0, "Injected", "no answer in time")
+        return await super().apply(manifest, subresource)
+
+
+async def test_keys_that_come_late_replace_none(berlin: World) -> None:
+    await berlin.create(**SPEC)
+    slow = Delayed(berlin.kube)
+    with pytest.raises(ApiError):
+        await berlin.reconcile(slow)
+    await berlin.settle()
+    keys = await berlin.data("Secret", "berlin-keys")
+    assert slow.delayed
+    with pytest.raises(ApiError) as refused:
+        await berlin.kube.apply(slow.delayed)
+    assert refused.value.status == 409
+    assert await berlin.data("Secret", "berlin-keys") == keys
+
+
+async def test_a_namesake_that_comes_in_between_is_not_taken_over(berlin: World) -> None:
+    class Late(Recorder):
+        async def apply(self, manifest: Object, subresource: str = "") -> Object:
+            if manifest["kind"] == "ServiceAccount":
+                meta = {key: manifest["metadata"][key] for key in ("name", "namespace")}
+                await berlin.kube.create({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": meta})
+            return await super().apply(manifest, subresource)
+
+    await berlin.create(**SPEC)
+    with pytest.raises(ApiError):
+        await berlin.reconcile(Late(berlin.kube))
+    assert condition(await berlin.settle())["reason"] == "NameTaken"
+    assert "ownerReferences" not in (await berlin.get("ServiceAccount", "berlin"))["metadata"]
 
 
 OTHERS: list[dict[str, Any]] = [
