@@ -54,7 +54,7 @@ def host_names(region: Region, secrets: Mapping[str, Data], now: datetime) -> tu
     leaves: dict[str, x509.Certificate] = {}
     findings = []
     for name in region.tls.certificates:
-        leaf = _leaf(name, secrets.get(name), now)
+        leaf = _leaf(region, name, secrets.get(name), now)
         if isinstance(leaf, Finding):
             findings.append(leaf)
         else:
@@ -78,7 +78,7 @@ def stem(secret: str) -> str:
     return f"{names.TLS_DIR}/{secret}/tls"
 
 
-def _leaf(secret: str, data: Data, now: datetime) -> x509.Certificate | Finding:
+def _leaf(region: Region, secret: str, data: Data, now: datetime) -> x509.Certificate | Finding:
     if data is None:
         return Finding(
             conditions.SECRET_NOT_FOUND,
@@ -86,9 +86,14 @@ def _leaf(secret: str, data: Data, now: datetime) -> x509.Certificate | Finding:
             blocked=True,
         )
     try:
-        leaf = certs.load_pair(data.get("tls.crt", b""), data.get("tls.key", b"")).leaf
+        leaf, *others = certs.load_pair(data.get("tls.crt", b""), data.get("tls.key", b"")).chain
         certs.check(leaf, now=now)
         certs.names(leaf)
+        if others and _pin(region, leaf):
+            raise certs.CertificateError(
+                f"tls.crt holds {len(others) + 1} certificates, and clients that check a pin take exactly one: "
+                "leave only the first one, or set spec.tls.pin: Never if clients trust its authority."
+            )
     except certs.CertificateError as error:
         return Finding(conditions.CERTIFICATE_INVALID, f"Secret {secret}: {error}", blocked=True, degraded=True)
     return leaf

@@ -110,6 +110,20 @@ def test_a_bad_certificate_is_told(data: dict[str, bytes], words: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("pin", "own", "good"),
+    [("Auto", True, False), ("Auto", False, True), ("Always", False, False), ("Never", True, True)],
+)
+def test_a_pin_allows_no_chain(pin: str, own: bool, good: bool) -> None:
+    data = secret(WILD) if own else issued(WILD)
+    data["tls.crt"] += secret("authority.example.com")["tls.crt"]
+    found, problems = host_names(wanted(pin=pin), {"tls": data}, NOW)
+    assert bool(found) == good
+    assert [(item.reason, item.blocked) for item in problems] == ([] if good else [("CertificateInvalid", True)])
+    if not good:
+        assert "Secret tls: tls.crt holds 2 certificates" in problems[0].message
+
+
+@pytest.mark.parametrize(
     ("option", "kind", "reason"),
     [("configMapKeyRef", "ConfigMap", "ConfigMapNotFound"), ("secretKeyRef", "Secret", "SecretNotFound")],
 )
