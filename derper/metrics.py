@@ -47,7 +47,7 @@ def render(metrics: Iterable[Metric]) -> str:
         lines.append(f"# TYPE {metric.name} {metric.kind}")
         for labels, value in metric.samples:
             inner = ",".join(f'{name}="{_escape(text)}"' for name, text in labels.items())
-            lines.append(f"{metric.name}{{{inner}}} {value:g}" if inner else f"{metric.name} {_number(value)}")
+            lines.append(f"{metric.name}{{{inner}}} {_number(value)}" if inner else f"{metric.name} {_number(value)}")
     return "\n".join(lines) + "\n"
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from . import files
 from .certs import CertificateError, CertificatePair, check
@@ -29,6 +30,8 @@ from .wire.keys import NodePrivate
 __all__ = ["RelayState"]
 
 log = logging.getLogger("derper")
+
+_UNSAFE_IN_NAME: Final = re.compile(r"[^a-zA-Z0-9-.]")  # cmd/derper/cert.go, unsafeHostnameCharacters
 
 
 class RelayState:
@@ -77,7 +80,9 @@ class RelayState:
                 log.info("%s: read", watched.what)
             else:
                 log.warning(
-                    "%s; %s", watched.problem, "the old one stays in force" if watched.loads else "waiting for it"
+                    "%s; %s",
+                    watched.problem.rstrip("."),
+                    "the old one stays in force" if watched.loads else "waiting for it",
                 )
         return new
 
@@ -155,7 +160,8 @@ class RelayState:
         return watched
 
     def _flag_stem(self) -> Path:
-        return Path(self.config.cert_dir) / self.config.hostname
+        """As stock derper names the files: an IPv6 address without its colons."""
+        return Path(self.config.cert_dir) / _UNSAFE_IN_NAME.sub("", self.config.hostname)
 
     def _stems(self) -> tuple[str, ...]:
         if not self.config.settings:
@@ -208,7 +214,9 @@ class RelayState:
         try:
             body = json.loads(files.read_file(path))
             rate, burst = (int(body.get(f"PerClientRate{name}", 0)) for name in ("LimitBytesPerSec", "BurstBytes"))
-        except (ValueError, TypeError, AttributeError):
+            if rate < 0 or burst < 0:
+                raise ValueError
+        except (ArithmeticError, ValueError, TypeError, AttributeError, RecursionError):
             form = '{"PerClientRateLimitBytesPerSec": 0, "PerClientRateBurstBytes": 0}'
             raise FileError(f"{path}: it must be JSON of the form {form}") from None
         return replace(self.limits, client_bytes_per_second=rate, client_burst_bytes=burst)

@@ -25,7 +25,11 @@ Address = IPv4Address | IPv6Address | None
 
 
 class _NoAnswerError(Exception):
-    """A source could not be asked; the message says why."""
+    """A source gave no decision; the message says why.  `reached`: it answered, but not with one."""
+
+    def __init__(self, message: str, *, reached: bool = False) -> None:
+        super().__init__(message)
+        self.reached = reached
 
 
 class Admission:
@@ -72,17 +76,19 @@ class Admission:
         if True in answers:
             self._cache.admit(key, now)
             return None
-        failures = [str(answer) for answer in answers if isinstance(answer, _NoAnswerError)]
+        failures = [answer for answer in answers if isinstance(answer, _NoAnswerError)]
         for answer in answers:
             if isinstance(answer, BaseException) and not isinstance(answer, _NoAnswerError):
                 raise answer
         if not failures:
             self._cache.refuse(key)
             return "the admission controller does not allow it"
-        if policy.fail_open or self._cache.stale(key, now):
-            log.warning("admission controller unreachable (%s); allowing client %s", failures[0], key)
+        # As stock derper, fail open only where nobody answers at all: a wrong answer is no outage.
+        unreachable = not any(failure.reached for failure in failures)
+        if self._cache.stale(key, now) or (policy.fail_open and unreachable):
+            log.warning("%s; allowing client %s", failures[0], key)
             return None
-        return failures[0]
+        return str(failures[0])
 
     async def _ask_url(self, url: str, key: NodePublic, source: Address) -> bool:
         if self._http is None:
@@ -90,17 +96,20 @@ class Admission:
         request = {"NodePublic": str(key), "Source": "" if source is None else str(source)}
         try:
             async with self._http.post(url, json=request) as response:
+                if 400 <= response.status < 500:
+                    return False
                 if response.status != 200:
-                    raise _NoAnswerError(f"the admission controller answered {response.status}")
+                    raise _NoAnswerError(f"the admission controller answered {response.status}", reached=True)
                 body = await response.content.read(_MAX_ANSWER)
                 return _parse(body)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise _NoAnswerError(f"the admission controller cannot be asked: {error or type(error).__name__}") from None
+            why = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
+            raise _NoAnswerError(f"the admission controller cannot be asked: {why}") from None
 
 
 def _parse(body: bytes) -> bool:
     try:
         answer = json.loads(body)
-    except ValueError:
-        raise _NoAnswerError("the admission controller did not answer with JSON") from None
+    except (ValueError, RecursionError):  # RecursionError: deeply nested brackets
+        raise _NoAnswerError("the admission controller did not answer with JSON", reached=True) from None
     return isinstance(answer, dict) and answer.get("Allow") is True

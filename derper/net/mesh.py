@@ -123,7 +123,7 @@ class Mesh:
     def seen(self, key: bytes, host: str) -> None:
         """A mesh peer with this server key connected from this address: if it cannot be reached yet, try there now."""
         for dialer in self._dialers.values():
-            if dialer.peer.server_key == key and not dialer.status.connected:
+            if dialer.known_key == key and not dialer.status.connected:
                 dialer.hint(host)
 
     def status(self) -> dict[str, PeerStatus]:
@@ -150,7 +150,13 @@ class _Dialer:
         self._rng = rng
         self._wake = asyncio.Event()
         self._hint: str | None = None
+        self._last_key: bytes | None = None
         self.task = asyncio.get_running_loop().create_task(self._run())
+
+    @property
+    def known_key(self) -> bytes | None:
+        """The peer's server key, as configured or else as seen on the last link."""
+        return self.peer.server_key or self._last_key
 
     def stop(self) -> None:
         self.task.cancel()
@@ -210,6 +216,7 @@ class _Dialer:
     async def _serve(self, client: Client) -> None:
         """Follow the peer's clients until the link breaks."""
         link = MeshLink(client, self._hub.counters)
+        self._last_key = client.server_key
         present: set[bytes] = set()
         self.status = PeerStatus(connected=True, since=datetime.now(UTC))
         log.info("mesh: connected to %s (%s)", self.peer.name, client.server_key.short())

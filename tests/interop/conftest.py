@@ -102,12 +102,6 @@ async def relays(peers: Peers, addresses: Iterator[str], tmp_path: Path) -> Asyn
         yield Relays(peers, addresses, tmp_path, stack)
 
 
-def ours_differs(why: str) -> pytest.MarkDecorator:
-    """For a test of both makes of which ours does not pass yet. When it does, the test fails: take the mark away."""
-    mark = pytest.mark.xfail(strict=True, reason=why)
-    return pytest.mark.parametrize("make", ["stock", pytest.param("ours", marks=mark)])
-
-
 @pytest.fixture(params=["stock", "ours"])
 def make(request: pytest.FixtureRequest) -> str:
     """Runs a test with the stock relay, as the reference, and with ours."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import Relays, ours_differs
+from .conftest import Relays
 from .peers import GoClients, StockClient
 from .pki import Authority
 from .processes import HANG, PeerError
@@ -326,7 +326,6 @@ async def test_stun_over_ipv6(relay6: Relay, clients: GoClients) -> None:
     assert answer.mapped == answer.local
 
 
-@ours_differs("the file's name keeps the colons")
 async def test_the_certificate_file_of_an_ipv6_address(relay6: Relay) -> None:
     """Its name leaves out the colons: who replaces a stock relay must find the certificate that is pinned."""
     assert {path.name for path in relay6.workdir.glob("*1.crt")} == {"1.crt"}
