@@ -104,7 +104,7 @@ class Admission:
                 return _parse(body)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             why = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
-            raise _NoAnswerError(f"the admission controller cannot be asked: {why}") from None
+            raise _NoAnswerError(f"the admission controller cannot be asked: {why}", reached=False) from None
 
 
 def _parse(body: bytes) -> bool:
