@@ -1,0 +1,367 @@
+"""Three relays in one process, meshed over loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from derper import certs
+from derper.client import Client
+from derper.net import mesh as mesh_module
+from derper.net.hub import MeshKeys
+from derper.net.mesh import Mesh, MeshLink, Peer
+from derper.relay.counters import Counters, DropReason
+from derper.wire import frames
+from derper.wire.client import PeerGone, ReceivedPacket
+from derper.wire.keys import MeshKey, NodePublic
+
+from .core import key
+from .loopback import PATIENCE, LoopbackRelay, private, relay, until
+
+pytestmark = pytest.mark.both_loops
+MESH_KEY, OTHER_KEY = MeshKey(b"\xab" * 32), MeshKey(b"\xcd" * 32)
+ALICE, BOB, CAROL = private(1), private(2), private(3)
+
+
+class Node:
+    """A relay and its mesh."""
+
+    def __init__(self, name: str, running: LoopbackRelay) -> None:
+        self.name = name
+        self.relay = running
+        self.hub = running.hub
+        self.hub.mesh_keys = MeshKeys(MESH_KEY, (MESH_KEY,))
+        self.mesh = Mesh(self.hub, rng=random.Random(1))
+        self.hub.mesh_peer_seen = self.mesh.seen
+
+    @property
+    def peer(self) -> Peer:
+        return Peer(self.name, self.relay.endpoint, NodePublic(self.relay.public_key))
+
+    def meet(self, *others: Node) -> None:
+        self.mesh.set_peers({other.name: other.peer for other in others})
+
+    def knows(self, public: bytes) -> bool:
+        return public in self.hub.router.forwarders
+
+    def linked(self, *others: Node) -> bool:
+        status = self.mesh.status()
+        return all(other.name in status and status[other.name].connected for other in others)
+
+    def error(self, other: Node) -> str | None:
+        return self.mesh.status()[other.name].error
+
+
+@pytest.fixture
+async def nodes(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[Node]]:
+    """Not meshed yet."""
+    monkeypatch.setattr(mesh_module, "_FIRST_RETRY", 0.01)
+    monkeypatch.setattr(mesh_module, "_LAST_RETRY", 0.05)
+    async with AsyncExitStack() as stack:
+        made = []
+        for number in range(3):
+            running = await stack.enter_async_context(relay(0xF0 + number, tls=True))
+            made.append(Node(f"n{number}", running))
+            stack.push_async_callback(made[-1].mesh.stop)
+        yield made
+        for node in made:
+            await node.mesh.stop()
+        assert not any(node.hub.router.forwarders for node in made)
+
+
+async def meshed(nodes: list[Node]) -> None:
+    for node in nodes:
+        node.meet(*(other for other in nodes if other is not node))
+    await until(lambda: all(node.linked(*(other for other in nodes if other is not node)) for node in nodes))
+
+
+async def dial(node: Node, private_key: Any) -> Client:
+    return await node.relay.dial(private_key)
+
+
+async def test_packets_go_both_ways(nodes: list[Node]) -> None:
+    await meshed(nodes)
+    alice, bob = await dial(nodes[0], ALICE), await dial(nodes[1], BOB)
+    await until(lambda: nodes[0].knows(BOB.public) and nodes[1].knows(ALICE.public))
+    for number in range(50):
+        alice.send(BOB.public, bytes([number]) * number)
+    for number in range(50):
+        assert await bob.receive_packet() == ReceivedPacket(ALICE.public, bytes([number]) * number)
+    bob.send(ALICE.public, bytes(64 << 10))
+    assert await alice.receive_packet() == ReceivedPacket(BOB.public, bytes(64 << 10))
+    counters = [node.hub.counters for node in nodes]
+    assert [counter.packets_forwarded_out for counter in counters] == [50, 1, 0]
+    assert [counter.packets_forwarded_in for counter in counters] == [1, 50, 0]
+    await alice.close()
+    assert await bob.receive() == PeerGone(ALICE.public, 0)
+    await bob.close()
+
+
+async def test_a_client_that_moves_is_followed(nodes: list[Node]) -> None:
+    await meshed(nodes)
+    bob = await dial(nodes[0], BOB)
+    for turn in (1, 2, 0):
+        alice = await dial(nodes[turn], ALICE)
+        await until(lambda: turn == 0 or nodes[0].knows(ALICE.public))  # noqa: B023
+        bob.send(ALICE.public, b"hello")
+        assert await alice.receive_packet() == ReceivedPacket(BOB.public, b"hello")
+        await alice.close()
+        await until(lambda: not nodes[0].knows(ALICE.public))
+    await bob.close()
+
+
+async def test_there_is_no_second_hop(nodes: list[Node]) -> None:
+    """n0 believes that n1 has the client; n1 knows that n2 has it, and drops the packet all the same."""
+    first, second, third = nodes
+    first.meet(second)
+    second.meet(third)
+    alice, bob, carol = await dial(first, ALICE), await dial(third, BOB), await dial(second, CAROL)
+    await until(lambda: first.knows(CAROL.public) and second.knows(BOB.public))
+    (link,) = first.hub.router.forwarders[CAROL.public]
+    first.hub.router.add_forwarder(BOB.public, link)
+    alice.send(BOB.public, b"hello")
+    dropped = second.hub.counters.packets_dropped
+    await until(lambda: dropped[DropReason.UNKNOWN_DEST_ON_FWD, False] == 1)
+    assert second.hub.counters.packets_forwarded_in == 1
+    assert second.hub.counters.packets_forwarded_out == 0
+    first.hub.router.remove_forwarder(BOB.public, link)
+    for one in (alice, bob, carol):
+        await one.close()
+
+
+async def test_membership_changes_without_touching_other_links(nodes: list[Node]) -> None:
+    first, second, third = nodes
+    first.meet(second)
+    await until(lambda: first.linked(second))
+    since = first.mesh.status()["n1"].since
+    first.meet(second, third)
+    await until(lambda: first.linked(second, third))
+    first.meet(second)
+    assert list(first.mesh.status()) == ["n1"]
+    await until(lambda: not third.hub.links)
+    assert first.mesh.status()["n1"].since == since
+    assert len(second.hub.links) == 1
+
+
+async def test_a_peer_with_new_data_keeps_its_link(nodes: list[Node]) -> None:
+    """A rotated pin must drop no link; the next dial uses it."""
+    first, second, _ = nodes
+    first.meet(second)
+    await until(lambda: first.linked(second))
+    status = first.mesh.status()["n1"]
+    new_pin = replace(second.peer, endpoint=replace(second.relay.endpoint, cert_name=certs.PIN_PREFIX + "0" * 64))
+    first.mesh.set_peers({"n1": new_pin})
+    assert first.mesh.status()["n1"] is status
+    assert status.connected
+    (link,) = second.hub.links
+    link.abort()
+    await until(lambda: "The server's certificate is sha256-raw:" in str(first.error(second)))
+    first.meet(second)
+    await until(lambda: first.linked(second))
+
+
+async def test_a_peer_with_another_server_key_is_another_peer(nodes: list[Node]) -> None:
+    first, second, _ = nodes
+    first.meet(second)
+    await until(lambda: first.linked(second))
+    first.mesh.set_peers({"n1": replace(second.peer, server_key=key(9))})
+    await until(lambda: "the server's key is" in str(first.error(second)))
+    assert not first.linked(second)
+    await until(lambda: not second.hub.links)
+
+
+async def test_a_wrong_mesh_key_makes_no_mesh(nodes: list[Node]) -> None:
+    first, second, _ = nodes
+    second.hub.mesh_keys = MeshKeys(OTHER_KEY, (OTHER_KEY,))
+    first.meet(second)
+    await until(lambda: second.hub.counters.protocol_errors >= 2)  # WATCH_CONNS of an ordinary client
+    assert not second.hub.router.watchers
+    second.hub.mesh_keys = MeshKeys(OTHER_KEY, (OTHER_KEY, MESH_KEY))
+    await until(lambda: bool(second.hub.router.watchers))
+
+
+async def test_rotating_the_mesh_key_drops_no_link(nodes: list[Node]) -> None:
+    first, second, _ = nodes
+    first.meet(second)
+    await until(lambda: first.linked(second))
+    since = first.mesh.status()["n1"].since
+    for keys in (
+        MeshKeys(MESH_KEY, (MESH_KEY, OTHER_KEY)),
+        MeshKeys(OTHER_KEY, (OTHER_KEY, MESH_KEY)),
+        MeshKeys(OTHER_KEY, (OTHER_KEY,)),
+    ):
+        first.hub.mesh_keys = second.hub.mesh_keys = keys
+    assert first.mesh.status()["n1"].since == since
+
+
+async def test_without_a_mesh_key(nodes: list[Node]) -> None:
+    first, second, _ = nodes
+    first.hub.mesh_keys = None
+    first.meet(second)
+    await until(lambda: first.error(second) == "there is no mesh key yet")
+    first.hub.mesh_keys = MeshKeys(MESH_KEY, (MESH_KEY,))
+    await until(lambda: first.linked(second))
+
+
+async def test_a_peer_that_is_lost_is_dialed_again(nodes: list[Node]) -> None:
+    first, second, _ = nodes
+    first.meet(second)
+    await until(lambda: first.linked(second))
+    bob = await dial(second, BOB)
+    await until(lambda: first.knows(BOB.public))
+    for _ in range(3):
+        since = first.mesh.status()["n1"].since
+        for link in [link for link in second.hub.links if link.session is not None and link.session.can_mesh]:
+            link.abort()
+        await until(lambda: first.linked(second) and first.mesh.status()["n1"].since != since)  # noqa: B023
+        await until(lambda: first.knows(BOB.public))
+    assert first.mesh.status()["n1"].clients == 1
+    await bob.close()
+
+
+async def test_a_peer_that_dials_us_is_dialed_at_its_address(
+    nodes: list[Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it comes from, it can be found: at once, whatever the retry."""
+    monkeypatch.setattr(mesh_module, "_FIRST_RETRY", 1000.0)
+    first, second, _ = nodes
+    lost = replace(second.peer, endpoint=replace(second.relay.endpoint, addresses=("127.0.0.2",)))
+    first.mesh.set_peers({"n1": lost})
+    await until(lambda: first.error(second) is not None)
+    second.meet(first)
+    await until(lambda: first.linked(second))
+
+
+async def test_new_data_are_tried_at_once(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mesh_module, "_FIRST_RETRY", 1000.0)
+    first, second, _ = nodes
+    lost = replace(second.peer, endpoint=replace(second.relay.endpoint, addresses=("127.0.0.2",)))
+    first.mesh.set_peers({"n1": lost})
+    await until(lambda: first.error(second) is not None)
+    first.meet(second)
+    await until(lambda: first.linked(second))
+
+
+@pytest.mark.parametrize("host", ["x" * 70, "a..b"])
+async def test_an_address_that_is_none_does_not_end_the_dialing(nodes: list[Node], host: str) -> None:
+    first, second, _ = nodes
+    bad = replace(second.peer, endpoint=replace(second.relay.endpoint, addresses=(host,)))
+    first.mesh.set_peers({"n1": bad})
+    await until(lambda: first.error(second) is not None)
+    assert "is not a host name" in str(first.error(second))
+    first.meet(second)
+    await until(lambda: first.linked(second))
+
+
+async def test_a_relay_that_meets_itself(nodes: list[Node]) -> None:
+    """-mesh-with may name the relay itself, as stock derper's may."""
+    first = nodes[0]
+    first.mesh.set_peers({"n0": replace(first.peer, server_key=None)})
+    await until(lambda: first.mesh.status() == {})
+    await until(lambda: not first.hub.links)
+
+
+async def test_a_peer_that_falls_silent(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mesh_module, "_SILENCE", 0.05)
+    monkeypatch.setattr(mesh_module, "_FIRST_RETRY", 1000.0)
+    first, second, _ = nodes
+    first.meet(second)
+    await until(lambda: first.error(second) == "nothing heard for 0 s")
+    assert not first.linked(second)
+
+
+async def test_pings_of_a_peer_are_answered(nodes: list[Node]) -> None:
+    first, second, _ = nodes
+    first.meet(second)
+    await until(lambda: first.linked(second))
+    (link,) = second.hub.links
+    assert link.session is not None
+    before = second.hub.counters.unknown_frames  # the relay has no use for the pong
+    link.session.control(frames.ping(b"12345678"))
+    await until(lambda: second.hub.counters.unknown_frames == before + 1)
+
+
+async def test_a_relay_that_goes_takes_its_clients_out_of_the_table(nodes: list[Node]) -> None:
+    await meshed(nodes)
+    alice, bob = await dial(nodes[0], ALICE), await dial(nodes[1], BOB)
+    await until(lambda: nodes[0].knows(BOB.public) and nodes[1].knows(ALICE.public))
+    bob.send(ALICE.public, b"hello")
+    await alice.receive_packet()
+    nodes[1].relay.listener.close()
+    await nodes[1].mesh.stop()
+    nodes[1].hub.stop()
+    assert await alice.receive() == PeerGone(BOB.public, 0)
+    assert not nodes[0].knows(BOB.public)
+    await alice.close()
+    await bob.close()
+
+
+# -- a link that is full
+
+
+class FakeClient:
+    """A client whose socket the test fills."""
+
+    def __init__(self) -> None:
+        self.writable = True
+        self.written: list[bytes] = []
+        self.changed: Any = None
+
+    def write(self, data: bytes) -> None:
+        self.written.append(data)
+
+    def on_writable(self, changed: Any) -> None:
+        self.changed = changed
+
+    def set_high_water(self, size: int) -> None:
+        assert size == 1 << 20
+
+
+async def test_a_full_link_keeps_the_newest_packets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mesh_module, "_QUEUE_PACKETS", 3)
+    fake, counters = FakeClient(), Counters()
+    link = MeshLink(fake, counters)  # type: ignore[arg-type]
+    packets = [bytes([number]) * number for number in range(6)]
+    run = b"".join(frames.recv_packet(key(1), packet) for packet in packets)
+    forwarded = [frames.forward_packet(key(1), key(2), packet) for packet in packets]
+    link.forward(key(1), key(2), run, 0.0)
+    assert fake.written == [b"".join(forwarded)]
+    fake.written.clear()
+    fake.writable = False
+    link.forward(key(1), key(2), run, 0.0)
+    assert fake.written == []
+    assert counters.packets_dropped[DropReason.QUEUE_HEAD, False] == 3
+    assert counters.bytes_dropped[DropReason.QUEUE_HEAD, False] == 0 + 1 + 2
+    fake.writable = True
+    fake.changed(True)
+    assert fake.written == [b"".join(forwarded[3:])]
+    fake.changed(False)
+    fake.changed(True)
+    assert len(fake.written) == 1
+
+
+async def test_stopping_in_the_middle_of_a_dial(nodes: list[Node]) -> None:
+    """The peer accepts TCP and never answers."""
+    accepted = asyncio.Event()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        accepted.set()
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    endpoint = replace(nodes[1].relay.endpoint, port=server.sockets[0].getsockname()[1])
+    nodes[0].mesh.set_peers({"n1": replace(nodes[1].peer, endpoint=endpoint)})
+    async with asyncio.timeout(PATIENCE):
+        await accepted.wait()
+        await nodes[0].mesh.stop()
+        server.close()
+        await server.wait_closed()
+    assert nodes[0].mesh.status() == {}
