@@ -100,7 +100,9 @@ class Admission:
                     return False
                 if response.status != 200:
                     raise _NoAnswerError(f"the admission controller answered {response.status}", reached=True)
-                body = await response.content.read(_MAX_ANSWER)
+                body = b""
+                while piece := await response.content.read(_MAX_ANSWER - len(body)):  # it gives what is there
+                    body += piece
                 return _parse(body)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             why = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__

@@ -1,0 +1,61 @@
+"""Answers of an admission controller that come in pieces, or without end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from derper.net.admission import Admission
+from derper.relay.admission import AdmissionPolicy
+
+from .core import key
+from .loopback import PATIENCE
+
+Writer = asyncio.StreamWriter
+
+
+@asynccontextmanager
+async def controller(answer: Callable[[Writer], Awaitable[Any]]) -> AsyncIterator[str]:
+    """The URL of a controller that answers everything with `answer`."""
+
+    async def serve(reader: asyncio.StreamReader, writer: Writer) -> None:
+        await reader.readuntil(b"}")
+        await answer(writer)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+    server.close()
+
+
+async def ask(url: str) -> str | None:
+    admission = Admission(AdmissionPolicy(urls=(url,)))
+    answered: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+    admission.ask(key(1), None, answered.set_result)
+    try:
+        async with asyncio.timeout(PATIENCE):
+            return await answered
+    finally:
+        await admission.close()
+
+
+async def test_an_answer_in_pieces() -> None:
+    async def slowly(writer: Writer) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n")
+        for piece in (b'{"All', b'ow": true', b"}"):
+            await writer.drain()
+            await asyncio.sleep(0.02)  # so that they arrive one by one
+            writer.write(piece)
+
+    async with controller(slowly) as url:
+        assert await ask(url) is None
+
+
+async def test_an_endless_answer() -> None:
+    async def flood(writer: Writer) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + b'{"Allow": true, "x": "' + bytes(100_000))
+
+    async with controller(flood) as url:
+        assert await ask(url) == "the admission controller did not answer with JSON"
