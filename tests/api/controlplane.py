@@ -110,6 +110,7 @@ def _apiserver(directory: Path, address: str) -> list[str]:
         f"--service-account-key-file={directory}/service-accounts.pub",
         f"--service-account-signing-key-file={directory}/service-accounts.key",
         "--authorization-mode=RBAC",
+        "--enable-admission-plugins=OwnerReferencesPermissionEnforcement",  # as in OpenShift
         "--allow-privileged",
     ]
 

@@ -243,7 +243,6 @@ CHILD = {"get", "list", "watch", "create", "patch", "delete"}
 RIGHTS = {
     "derpregions.derp.network": {"get", "list", "watch"},
     "derpregions/status.derp.network": {"patch"},
-    "derpregions/finalizers.derp.network": {"update"},
     "configmaps.": CHILD,
     "secrets.": CHILD,
     "serviceaccounts.": CHILD,
@@ -251,7 +250,7 @@ RIGHTS = {
     "statefulsets.apps": CHILD,
     "poddisruptionbudgets.policy": CHILD,
     "networkpolicies.networking.k8s.io": CHILD,
-    "pods.": {"get", "list", "watch", "patch"},
+    "pods.": {"list", "watch", "patch"},
     "events.": {"create"},
 }
 
