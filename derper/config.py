@@ -188,7 +188,7 @@ _FLAGS: Final = (
     _Flag("verify-client-url", "verify_url", _url, "admission controller to ask about each client"),
     _Flag("verify-client-url-fail-open", "verify_fail_open", _switch, "admit clients while it cannot be asked (false)"),
     _Flag("accept-connection-limit", "accept_per_second", _number, "new connections per second (no limit)"),
-    _Flag("accept-connection-burst", "accept_burst", _count, "new connections at once (no limit)"),
+    _Flag("accept-connection-burst", "accept_burst", _count, "new connections at once; without it there is no limit"),
     _Flag("rate-config", "rate_config", str, "JSON file with rate limits, read again when it changes"),
     _Flag("tcp-keepalive-time", "tcp_keep_alive", _duration, "TCP keep-alive (10m)"),
     _Flag("tcp-user-timeout", "tcp_user_timeout", _duration, "TCP user time-out (15s)"),
@@ -223,9 +223,9 @@ def parse_flags(arguments: Sequence[str], environ: Mapping[str, str], *, is_root
     values = _values(arguments)
     if values.pop("dev", False):
         values = {"listen_port": 3340, "listen_host": "", "http_port": -1, **values, "dev": True}
-    config = Config(**values)
+    config = _with_defaults(Config(**values), environ, is_root)
     _check(config)
-    return _with_defaults(config, environ, is_root)
+    return config
 
 
 def _values(arguments: Sequence[str]) -> dict[str, Any]:
@@ -295,4 +295,12 @@ def _with_defaults(config: Config, environ: Mapping[str, str], is_root: bool) ->
     if not config.cert_dir:
         cache = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME", "."), ".cache")
         changes["cert_dir"] = str(Path(cache) / "tailscale" / "derper-certs")
+    if not config.mesh_key_path and not config.settings and not config.dev:
+        changes["mesh_key_path"] = _usual_mesh_key(environ)
     return Config(**{field.name: changes.get(field.name, getattr(config, field.name)) for field in fields(Config)})
+
+
+def _usual_mesh_key(environ: Mapping[str, str]) -> str:
+    """The first of the files in which stock derper looks for the mesh key by itself (defaultMeshPSKFile)."""
+    usual = ("/home/derp/keys/derp-mesh.key", os.path.join(environ.get("HOME", ""), "keys", "derp-mesh.key"))
+    return next((path for path in usual if os.path.exists(path)), "")

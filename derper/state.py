@@ -249,7 +249,8 @@ class RelayState:
 
 def _flag_limits(config: Config) -> Limits:
     return Limits(
-        accept_per_second=config.accept_per_second,
+        # As with stock derper: where nothing bounds how many may come at once, nothing bounds how fast they come.
+        accept_per_second=config.accept_per_second if config.accept_burst else 0.0,
         accept_burst=config.accept_burst,
         write_timeout=config.write_timeout,
     )

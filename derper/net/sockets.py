@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import errno
 import socket
+from typing import Any
 
 __all__ = ["bind"]
 
 
 def bind(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
-    """A bound, non-blocking socket; an empty host means all addresses of both families.  Raises OSError."""
-    if not host:
+    """A bound, non-blocking socket.  Raises OSError.
+
+    An empty host means all addresses of both families, and so does an unspecified address (as Go's net.Listen).
+    """
+    if host in ("", "::", "0.0.0.0"):
         try:
-            return _bound(socket.AF_INET6, "::", port, kind, dual=True)
+            return _bound(socket.AF_INET6, ("::", port), kind, dual=True)
         except OSError as error:
             if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
                 raise
-            return _bound(socket.AF_INET, "0.0.0.0", port, kind, dual=False)
+            return _bound(socket.AF_INET, ("0.0.0.0", port), kind, dual=False)
     family, _, _, _, address = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)[0]
-    return _bound(family, str(address[0]), port, kind, dual=False)
+    return _bound(family, address, kind, dual=False)  # with the zone of a link-local address
 
 
-def _bound(family: int, host: str, port: int, kind: socket.SocketKind, *, dual: bool) -> socket.socket:
+def _bound(family: int, address: tuple[Any, ...], kind: socket.SocketKind, *, dual: bool) -> socket.socket:
     sock = socket.socket(family, kind)
     try:
         if kind == socket.SOCK_STREAM:
@@ -29,7 +33,7 @@ def _bound(family: int, host: str, port: int, kind: socket.SocketKind, *, dual: 
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if dual else 1)
         sock.setblocking(False)
-        sock.bind((host, port))
+        sock.bind(address)
     except OSError:
         sock.close()
         raise

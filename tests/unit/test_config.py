@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from derper import cli
 from derper.config import Config, MeshHost, UsageError, parse_flags, usage
+from derper.state import RelayState
 
 KEY = ("-c", "/tmp/derper.key")
 MANUAL = (*KEY, "-certmode", "manual")
@@ -122,6 +125,24 @@ def test_mesh_hosts() -> None:
 )
 def test_when_it_is_tls(arguments: tuple[str, ...], tls: bool) -> None:
     assert parse(*KEY, *arguments).tls is tls
+
+
+def test_the_mesh_key_where_stock_derper_looks_for_it(tmp_path: Path) -> None:
+    usual = tmp_path / "keys" / "derp-mesh.key"
+    usual.parent.mkdir()
+    usual.write_text("ab" * 32)
+    assert parse(*MANUAL, HOME=str(tmp_path)).mesh_key_path == str(usual)
+    assert parse(*MANUAL, "-mesh-with", "a.example.com", HOME=str(tmp_path)).mesh_with
+    assert parse(*MANUAL, "-mesh-psk-file", "/other", HOME=str(tmp_path)).mesh_key_path == "/other"
+    assert parse("-dev", HOME=str(tmp_path)).mesh_key_path == ""
+    assert parse(*MANUAL, "-settings", "/s", "-node", "n", HOME=str(tmp_path)).mesh_key_path == ""
+
+
+def test_an_accept_limit_without_a_burst_is_none() -> None:
+    """As with stock derper, whose default burst is without bounds."""
+    for flags, limit in (((), 0.0), (("-accept-connection-burst", "5"), 20.0)):
+        config = parse(*MANUAL, "-accept-connection-limit", "20", *flags)
+        assert RelayState(config, lambda: datetime.now(UTC)).limits.accept_per_second == limit
 
 
 def test_dev() -> None:

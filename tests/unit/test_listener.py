@@ -185,8 +185,9 @@ async def test_socket_options() -> None:
 # -- binding
 
 
-def test_all_addresses_of_both_families() -> None:
-    with sockets.bind("", 0, socket.SOCK_STREAM) as sock:
+@pytest.mark.parametrize("host", ["", "::", "0.0.0.0"])
+def test_all_addresses_of_both_families(host: str) -> None:
+    with sockets.bind(host, 0, socket.SOCK_STREAM) as sock:
         port = sock.getsockname()[1]
         sock.listen()
         for host in ("127.0.0.1", "::1"):
