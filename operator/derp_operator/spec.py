@@ -272,6 +272,12 @@ def _check_numbers(region: Region) -> list[str]:
     for option, base in bases.items():
         if base is not None and base + region.replicas - 1 > 65535:
             found.append(f"spec.exposure.nodePort.{option} is {base}: the last relay's port would be above 65535.")
+    derp, stun = bases.values()
+    if derp is not None and stun is not None and abs(derp - stun) < region.replicas:
+        found.append(
+            f"spec.exposure.nodePort has derpPortBase {derp} and stunPortBase {stun}: a port is either TCP or UDP, "
+            f"so with {region.replicas} replicas they must be at least {region.replicas} apart."
+        )
     return found
 
 

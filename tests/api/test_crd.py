@@ -80,6 +80,7 @@ POD_TERM = {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLab
             "LoadBalancer", derpPort=8443, sourceRanges=["192.0.2.0/24", "2001:db8::/32"], annotations={"a/b": "c"}
         ),
         exposed("NodePort", addressType="ExternalIP", derpPortBase=65533, stunPortBase=30000),
+        exposed("NodePort", derpPortBase=30001, stunPortBase=30004),
         exposed("HostPort", derpPort=1, stunPort=65535),
         {"exposure": {"type": "ClusterIP", "clusterIP": {"derpPort": 8443}}},
         {"tls": TEMPLATE | {"pin": "Always"}},
@@ -152,6 +153,8 @@ def includes(whole: Any, part: Any) -> bool:
             "spec.exposure.hostPort.stunPort in body should be greater than or equal to 1",
         ),
         (exposed("NodePort", derpPortBase=65534), "derpPortBase + replicas - 1 is the port of the last relay"),
+        (exposed("NodePort", derpPortBase=30001, stunPortBase=30001), "must be at least as far apart as there are"),
+        (exposed("NodePort", derpPortBase=30003, stunPortBase=30001), "must be at least as far apart as there are"),
         (exposed("NodePort", stunPortBase=65534), "stunPortBase + replicas - 1 is the port of the last relay"),
         (exposed("LoadBalancer", sourceRanges=["192.0.2.1"]), '"192.0.2.1" is not a network like 192.0.2.0/24'),
         (exposed("LoadBalancer", sourceRanges=["192.0.2.1/24"]), '"192.0.2.1/24" is not a network like 192.0.2.0/24'),

@@ -47,6 +47,7 @@ def test_templates() -> None:
         ({"exposure": {"type": "Ingress"}}, "spec.exposure.type is 'Ingress'"),
         ({"exposure": {"type": "NodePort", "hostPort": {"derpPort": 1}}}, "spec.exposure.hostPort does not apply"),
         ({"exposure": {"type": "NodePort", "nodePort": {"derpPortBase": 65534}}}, "derpPortBase is 65534"),
+        ({"exposure": {"type": "NodePort", "nodePort": {"derpPortBase": 30000, "stunPortBase": 30002}}}, "3 apart"),
         ({"exposure": {"loadBalancer": {"sourceRanges": ["here"]}}}, "sourceRanges has 'here'"),
         ({"tls": {"hostName": "Template"}}, "spec.tls.hostNameTemplate is missing"),
         ({"tls": TEMPLATE}, "spec.tls.certificates is empty"),
