@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import random
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any, Final
 
@@ -70,6 +71,7 @@ class Relay:
         self._http_listener: Listener | None = None
         self._served_pairs: tuple[CertificatePair, ...] = ()
         self._runners: list[web.AppRunner] = []
+        self._public: Callable[[], asyncio.Protocol] | None = None
         self._poll_task: asyncio.Task[None] | None = None
         self._options = SocketOptions(config.tcp_keep_alive, config.tcp_user_timeout)
 
@@ -96,6 +98,8 @@ class Relay:
         """Send the clients elsewhere: STUN and readiness first, then the port, then the clients in small steps,
         the mesh last, so that those who wait for their turn are still reached from other nodes."""
         self.draining = True
+        if self._poll_task is not None:  # it may be about to listen
+            self._poll_task.cancel()
         if self.listener is not None:
             self.listener.close()
         if self._http_listener is not None:
@@ -179,8 +183,9 @@ class Relay:
 
     async def _listen(self, hub: Hub) -> None:
         config = self.config
-        public = await self._runner(public_app(config.home, derp=config.derp))
-        reception = Reception(hub, public, serve_derp=config.derp)
+        if self._public is None:  # this is tried again while the port is taken
+            self._public = await self._runner(public_app(config.home, derp=config.derp))
+        reception = Reception(hub, self._public, serve_derp=config.derp)
         context = self._context if config.tls else None
         try:
             self.listener = Listener.listen(
