@@ -683,8 +683,13 @@ async def test_a_relay_that_was_about_to_listen_drains(region: Region, monkeypat
         await go_on.wait()
         return await original(self, app)
 
+    async def meanwhile(self: Relay, hub: object) -> None:
+        go_on.set()
+        assert self._poll_task is not None
+        await asyncio.wait([self._poll_task], timeout=0.1)
+
     monkeypatch.setattr(Relay, "_runner", slow)
-    monkeypatch.setattr(Relay, "_close_clients", lambda self, hub: asyncio.sleep(0.05, go_on.set()))
+    monkeypatch.setattr(Relay, "_close_clients", meanwhile)
     async with running(node.relay):
         region.write(node)
         await about_to.wait()
