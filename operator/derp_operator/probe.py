@@ -40,11 +40,15 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a relay said.  `faults` is empty if TLS, STUN and the report are in order; `mesh` are its links by pod."""
+    """What a relay said.  `faults` is empty if TLS, STUN and the report are in order; `mesh` are its links by pod.
+
+    `settings` is the hash (SHA-256 in hex) of the settings that it runs with, empty if it does not say.
+    """
 
     faults: tuple[str, ...] = ()
     mesh: Mapping[str, bool] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
+    settings: str = ""
 
 
 Prober = Callable[[Target], Awaitable[Answer]]
@@ -55,7 +59,8 @@ async def ask(target: Target) -> Answer:
     tls, udp, (fault, report) = await asyncio.gather(_tls_fault(target), _stun_fault(target), _report(target))
     mesh = {peer: bool(link.get("connected")) for peer, link in (report.get("mesh") or {}).items()}
     faults = tuple(text for text in (tls, udp, fault) if text)
-    return Answer(faults, mesh, tuple(str(reason) for reason in report.get("reasons") or ()))
+    reasons = tuple(str(reason) for reason in report.get("reasons") or ())
+    return Answer(faults, mesh, reasons, str(report.get("settings") or ""))
 
 
 async def _tls_fault(target: Target) -> str | None:

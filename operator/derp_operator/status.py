@@ -30,7 +30,10 @@ _BAD_WAITS: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """One wanted node as it is: its links to the other nodes, and why it is not fine (None: it is)."""
+    """One wanted node as it is: its links to the other nodes, and why it is not fine (None: it is).
+
+    `settings` is the hash of those that it runs with, empty if not known.
+    """
 
     node: Node
     links: int
@@ -38,6 +41,7 @@ class Health:
     ready: bool
     young: bool
     finding: Finding | None
+    settings: str
 
     @property
     def candidate(self) -> Candidate:
@@ -68,6 +72,7 @@ def _health(
         ready=pod is not None and is_ready(pod),
         young=young,
         finding=_finding(node, pod, answer, missing, degraded=worked),
+        settings=answer.settings if answer else "",
     )
 
 
@@ -158,7 +163,18 @@ def findings(
     leftover = [pod for pod in plan.members if pod not in region.pods]
     if leftover:
         found.append(Finding(conditions.SCALING_DOWN, f"Pods that left the region stop: {', '.join(leftover)}."))
-    return found + _rollout(region, seen)
+    return found + _outdated(region, seen, judged) + _rollout(region, seen)
+
+
+def _outdated(region: Region, seen: Seen, nodes: Iterable[Health]) -> list[Finding]:
+    """Who may connect, and how fast, is as the spec says only when the relays have read it."""
+    text = (seen.data("ConfigMap", names.settings_map(region.name)) or {}).get(names.SETTINGS_FILE, b"")
+    current = hashlib.sha256(text).hexdigest()
+    late = [item.node.pod for item in nodes if item.settings not in ("", current)]
+    if not late:
+        return []
+    message = f"Relays run with older settings: {', '.join(late)} (if this stays, their log says why)."
+    return [Finding(conditions.SETTINGS_PENDING, message)]
 
 
 def _rollout(region: Region, seen: Seen) -> list[Finding]:

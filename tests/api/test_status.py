@@ -33,6 +33,23 @@ async def test_a_region_is_not_ready_before_its_pods_are_the_wanted_ones(berlin:
     assert condition(await berlin.settle())["status"] == "True"
 
 
+async def test_a_region_is_not_ready_before_its_relays_run_with_the_wanted_settings(berlin: World) -> None:
+    async def settings() -> str:
+        return hashlib.sha256((await berlin.data("ConfigMap", "berlin-settings"))[names.SETTINGS_FILE]).hexdigest()
+
+    await berlin.create()
+    await berlin.settle()
+    berlin.relays.settings = await settings()
+    assert condition(await berlin.settle())["status"] == "True"
+    await berlin.change(clients={"open": None, "verifyURLs": ["https://headscale.example.com/verify"]})
+    region = await berlin.settle()
+    assert (condition(region)["status"], condition(region)["reason"]) == ("False", "SettingsPending")
+    assert "berlin-0, berlin-1, berlin-2" in condition(region)["message"]
+    assert region["status"]["inMap"] == "3/3"
+    berlin.relays.settings = await settings()
+    assert condition(await berlin.settle())["status"] == "True"
+
+
 async def test_the_status_shows_the_map_that_stands(berlin: World) -> None:
     await berlin.create()
     await berlin.settle()

@@ -34,12 +34,13 @@ class Relays:
         self.faults: dict[str, str] = {}
         self.asked: dict[str, Target] = {}
         self.known: set[str] = set()
+        self.settings = ""
 
     async def ask(self, target: Target) -> Answer:
         self.asked[target.pod] = target
         fault = self.faults.get(target.pod)
         peers = self.known - {target.pod} - set(self.faults)
-        return Answer((fault,)) if fault else Answer(mesh=dict.fromkeys(peers, True))
+        return Answer((fault,)) if fault else Answer(mesh=dict.fromkeys(peers, True), settings=self.settings)
 
 
 class World:

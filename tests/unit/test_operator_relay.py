@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import json
 import os
 import subprocess
@@ -93,8 +94,9 @@ async def _until_meshed(relays: dict[str, Target], logs: Path) -> dict[str, Answ
 
 async def test_relays_mesh_and_answer_with_what_the_operator_writes(relays: dict[str, Target], tmp_path: Path) -> None:
     found = await _until_meshed(relays, tmp_path)
+    settings = hashlib.sha256((tmp_path / "config" / names.SETTINGS_FILE).read_bytes()).hexdigest()
     for pod, answer in found.items():
-        assert answer == Answer(mesh=dict.fromkeys(sorted(relays.keys() - {pod}), True))
+        assert answer == Answer(mesh=dict.fromkeys(sorted(relays.keys() - {pod}), True), settings=settings)
 
     first = relays["berlin-0"]
     wrong_pin = await ask(replace(first, pin="sha256-raw:" + "0" * 64))
