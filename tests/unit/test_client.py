@@ -333,6 +333,16 @@ async def test_an_unknown_authority(node: LoopbackRelay, cert_name: str) -> None
     await alice.close()
 
 
+def test_a_pin_does_not_weaken_the_context_that_others_share() -> None:
+    roots = trusting(pair_for(HOST_NAME))
+    pinned = Endpoint((), 1, HOST_NAME, certs.PIN_PREFIX + "0" * 64, roots=roots)
+    assert client.client_context(pinned).verify_mode == ssl.CERT_NONE
+    assert client.client_context(replace(pinned, cert_name="", insecure=True)).verify_mode == ssl.CERT_NONE
+    assert roots.verify_mode == ssl.CERT_REQUIRED
+    named = client.client_context(replace(pinned, cert_name=""))
+    assert (named, named.verify_mode, named.minimum_version) == (roots, ssl.CERT_REQUIRED, ssl.TLSVersion.TLSv1_2)
+
+
 def test_the_meta_certificate_is_not_taken_for_a_leaf() -> None:
     meta = x509.load_der_x509_certificate(certs.meta_certificate("5a" * 32, NOW))
     with pytest.raises(CertificateError, match=r"^The server presented no certificate\.$"):

@@ -357,6 +357,21 @@ def test_of_three_the_one_who_spoke_before_takes_over(bench: Bench) -> None:
     assert not second.session.is_duplicate
 
 
+def test_activity_of_a_key_that_is_used_once_changes_nothing(bench: Bench) -> None:
+    alice = bench.client(1)
+    bench.router.note_activity(alice.session)
+    assert bench.router.active == {alice.key: alice.session}
+
+
+def test_of_three_ways_two_are_left(bench: Bench) -> None:
+    links = [BenchLink() for _ in range(3)]
+    for link in links:
+        bench.router.add_forwarder(key(2), link)
+    bench.router.remove_forwarder(key(2), links[0])
+    assert bench.router.forwarders[key(2)] == (links[1], links[2])
+    assert bench.counters.multiforwarder_deleted == 0
+
+
 def test_watchers_hear_of_keys_and_not_of_connections(bench: Bench) -> None:
     """derp_client.go: PEER_PRESENT comes for every connection, PEER_GONE for the last one (tailscale issue 13566)."""
     watcher = bench.client(9, mesh=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import asdict
+from ipaddress import ip_address
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from derper.relay.counters import DropReason
 from derper.relay.limits import QUEUE_DEPTH, TokenBucket
-from derper.relay.session import frames_of, packets_of
+from derper.relay.session import Remote, frames_of, packets_of
 from derper.wire import frames
 from derper.wire.client import KeepAlive, PeerGone, PeerPresent, Pong, ReceivedPacket
 from derper.wire.errors import ProtocolError
@@ -432,6 +433,12 @@ def test_nobody_gets_a_packet_under_a_third_key(stream: list[bytes], garbage: by
     with contextlib.suppress(ProtocolError):
         mallory.feed(*stream, garbage)
     assert all(isinstance(event, ReceivedPacket) and event.source == A for event in bob.received())
+
+
+def test_remotes_in_logs() -> None:
+    assert str(Remote(ip_address("192.0.2.1"), 443)) == "192.0.2.1:443"
+    assert str(Remote(ip_address("2001:db8::1"), 443)) == "[2001:db8::1]:443"
+    assert str(Remote(None, 0)) == "unknown"
 
 
 def test_watching_tells_of_everybody(bench: Bench) -> None:
