@@ -137,7 +137,7 @@ OTHERS: list[dict[str, Any]] = [
     {"replicas": 5},
     {"exposure": {"type": "HostPort"}},
     {"exposure": {"type": "LoadBalancer", "loadBalancer": {"sourceRanges": ["192.0.2.0/24"]}}},
-    {"exposure": {"type": "NodePort", "nodePort": {"derpPortBase": 30443}}},
+    {"exposure": {"type": "NodePort", "nodePort": {"derpPortBase": 30060}}},
     {"tls": {"hostName": "Address"}},
     {"tls": {"hostName": "Template", "hostNameTemplate": "{pod}.example.com", "certificates": [{"secretName": "no"}]}},
     {"clients": {"keysFrom": {"configMapKeyRef": {"name": "no", "key": "keys"}}}},

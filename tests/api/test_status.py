@@ -114,20 +114,21 @@ async def quota(place: World, **hard: str) -> None:
 
 
 def ports(base: int) -> dict[str, object]:
+    """The API server leaves the ports below 30086 to those who ask for them."""
     return {"type": "NodePort", "nodePort": {"derpPortBase": base, "stunPortBase": base + 10}}
 
 
 async def test_a_node_port_that_is_taken_is_told_and_stops_nothing_else(api: ControlPlane, berlin: World) -> None:
     async with world(api) as other:
         meta = {"name": "taker", "namespace": other.namespace}
-        spec = {"type": "NodePort", "ports": [{"port": 80, "nodePort": 31921}]}
+        spec = {"type": "NodePort", "ports": [{"port": 80, "nodePort": 30001}]}
         await other.kube.create({"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": spec})
-        await berlin.create(exposure=ports(31920))
+        await berlin.create(exposure=ports(30000))
         region = await stuck(berlin)
         ready = condition(region)
         assert (ready["status"], ready["reason"]) == ("False", "ChildRefused")
         assert "Service berlin-1: " in ready["message"]
-        assert "31921: provided port is already allocated" in ready["message"]
+        assert "30001: provided port is already allocated" in ready["message"]
         assert "PATCH" not in ready["message"]
         assert ready["observedGeneration"] == region["metadata"]["generation"]
         assert ("Warning", "ChildRefused") in await berlin.events()
@@ -136,7 +137,7 @@ async def test_a_node_port_that_is_taken_is_told_and_stops_nothing_else(api: Con
         assert condition(await berlin.settle())["status"] == "True"
 
 
-@pytest.mark.parametrize(("old", "base"), [(31940, 31941), (31961, 31960)])
+@pytest.mark.parametrize(("old", "base"), [(30020, 30021), (30041, 30040)])
 async def test_node_ports_move_along(berlin: World, old: int, base: int) -> None:
     await berlin.create(exposure=ports(old))
     await berlin.settle()
