@@ -37,18 +37,21 @@ def endpoint(
     """The endpoint of a pod, or what is in the way.  `node` is the Node that the pod runs on, None if not readable."""
     exposure = region.exposure
     if exposure.type == "HostPort":
-        return _on_node(region, pod_name, pod, node, exposure.derp_port, exposure.stun_port)
+        ports = _host_ports(pod)  # the spec may have others, which this pod gets when it is replaced
+        if not {"derp", "stun"} <= ports.keys():
+            return _pending(f"Pod {pod_name} has no host ports yet.")
+        return _on_node(region, pod_name, pod, node, ports["derp"], ports["stun"])
     if service is None:
         return _pending(f"Service {pod_name} is not there yet.")
-    ports = {port["name"]: port for port in service["spec"].get("ports", ())}
-    if not {"derp", "stun"} <= ports.keys():
+    served = {port["name"]: port for port in service["spec"].get("ports", ())}
+    if not {"derp", "stun"} <= served.keys():
         return _pending(f"Service {pod_name} has no ports yet.")
     if exposure.type == "NodePort":
-        derp, stun = (ports[name].get("nodePort") for name in ("derp", "stun"))
+        derp, stun = (served[name].get("nodePort") for name in ("derp", "stun"))
         if not derp or not stun:
             return _pending(f"Service {pod_name} has no node ports yet.")
         return _on_node(region, pod_name, pod, node, derp, stun)
-    derp, stun = ports["derp"]["port"], ports["stun"]["port"]
+    derp, stun = served["derp"]["port"], served["stun"]["port"]
     if exposure.type == "ClusterIP":
         found = [ip for ip in service["spec"].get("clusterIPs", ()) if ip != "None"]
         return _endpoint(found, derp, stun) or _pending(f"Service {pod_name} has no cluster address yet.")
@@ -59,6 +62,13 @@ def node_addresses(node: Mapping[str, Any], kind: str) -> list[str]:
     """The addresses of one kind (ExternalIP, InternalIP) that a Node names."""
     addresses = node.get("status", {}).get("addresses", ())
     return [item["address"] for item in addresses if item["type"] == kind]
+
+
+def _host_ports(pod: Mapping[str, Any] | None) -> dict[str, int]:
+    """The ports by which a pod is reached on its Node, by name."""
+    containers = pod["spec"].get("containers", ()) if pod else ()
+    ports = (port for container in containers for port in container.get("ports", ()))
+    return {port["name"]: port["hostPort"] for port in ports if "name" in port and "hostPort" in port}
 
 
 def _on_node(

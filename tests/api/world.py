@@ -97,9 +97,11 @@ class World:
         for pod in wanted:
             if pod not in pods:
                 await self.start(owner, pod)
-        for pod in set(pods) - set(wanted):
+        template = owner["spec"]["template"]["spec"]
+        older = {name for name, pod in pods.items() if _made_of(pod["spec"]) != _made_of(template)}
+        for pod in (set(pods) - set(wanted)) | older:
             await self.stop(pod)
-        moved = set(pods) != set(wanted)
+        moved = set(pods) != set(wanted) or bool(older)
         return await self._statefulset_status(owner, len(wanted)) or moved
 
     async def start(self, owner: Object, pod: str) -> None:
@@ -208,6 +210,12 @@ class World:
             "metadata": {"name": self.name, "namespace": self.namespace},
             "spec": {key: value for key, value in whole.items() if value is not None},
         }
+
+
+def _made_of(spec: Object) -> tuple[Any, Any]:
+    """What of a pod's spec is replaced with the pod, as far as tests change it."""
+    container = spec["containers"][0]
+    return container["image"], container["ports"]
 
 
 def condition(region: Object, kind: str = "Ready") -> Object:

@@ -21,8 +21,10 @@ def service(ports: bool = True, node_ports: bool = True, **fields: Any) -> Objec
     return {"spec": {"ports": found if ports else []} | fields.pop("spec", {}), **fields}
 
 
-def pod(*ips: str, node: str = "node1") -> Object:
-    return {"spec": {"nodeName": node} if node else {}, "status": {"hostIPs": [{"ip": ip} for ip in ips]}}
+def pod(*ips: str, node: str = "node1", ports: tuple[int, int] = (443, 3478)) -> Object:
+    named = [{"name": name, "hostPort": port} for name, port in zip(("derp", "stun"), ports, strict=True) if port]
+    spec: Object = {"containers": [{"ports": [*named, {"name": "metrics"}]}]} | ({"nodeName": node} if node else {})
+    return {"spec": spec, "status": {"hostIPs": [{"ip": ip} for ip in ips]}}
 
 
 def node(*external: str) -> Object:
@@ -54,6 +56,11 @@ def test_families(ips: list[str], ipv4: str, ipv6: str) -> None:
     ingress = [{"ip": ip} for ip in ips]
     balanced = service(status={"loadBalancer": {"ingress": ingress}})
     assert find("LoadBalancer", balanced) == Endpoint(ipv4, ipv6, 443, 3478)
+
+
+def test_host_ports_are_those_of_the_pod() -> None:
+    """A pod of before a change of the spec is still where it was."""
+    assert find("HostPort", None, pod("198.18.0.1"), derpPort=8443) == Endpoint("198.18.0.1", "none", 443, 3478)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +97,8 @@ def test_an_external_address_that_is_not_there_is_told() -> None:
         find("NodePort", service(), pod("198.18.0.1", node="")),
         find("NodePort", service(), pod()),
         find("HostPort", None, None),
+        find("HostPort", None, pod("198.18.0.1", node="")),
+        find("HostPort", None, pod("198.18.0.1", ports=(0, 0))),
         find("ClusterIP", service()),
         find("ClusterIP", service(spec={"clusterIPs": ["None"]})),
         find("LoadBalancer", service()),

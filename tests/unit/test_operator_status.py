@@ -72,6 +72,9 @@ def test_long_messages_are_cut() -> None:
 # -- a region on the table
 
 
+HOST_PORTS = [{"name": "derp", "hostPort": 443}, {"name": "stun", "hostPort": 3478}]
+
+
 def pod(name: str, *, ready: bool = True, age: int = 600, **state: Any) -> Object:
     number = int(name.rpartition("-")[2])
     created = (NOW - timedelta(seconds=age)).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -79,7 +82,7 @@ def pod(name: str, *, ready: bool = True, age: int = 600, **state: Any) -> Objec
     found["conditions"] = [{"type": "Ready", "status": "True" if ready else "False"}]
     return {
         "metadata": {"name": name, "creationTimestamp": created},
-        "spec": {"nodeName": "node1"},
+        "spec": {"nodeName": "node1", "containers": [{"ports": HOST_PORTS}]},
         "status": found | state,
     }
 
