@@ -123,6 +123,10 @@ def test_every_value_has_a_place_in_the_schema() -> None:
         ({"watchNamespaces": ["Derp"]}, "/watchNamespaces/0"),
         ({"operator": {"port": 80}}, "/operator/port"),
         ({"operator": {"logLevel": "loud"}}, "/operator/logLevel"),
+        ({"fullnameOverride": "Derp_Operator"}, "/fullnameOverride"),
+        ({"nameOverride": "derp.operator"}, "/nameOverride"),
+        ({"serviceAccount": {"create": False}}, "/serviceAccount/name"),
+        ({"podLabels": {"app.kubernetes.io/name": "other"}}, "/podLabels"),
     ],
 )
 def test_wrong_values_are_refused(helm: Path, values: Object, complaint: str) -> None:

@@ -30,11 +30,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- end }}
 
 {{- define "derp-operator.serviceAccount" -}}
-{{- if .Values.serviceAccount.create }}
 {{- default (include "derp-operator.fullname" .) .Values.serviceAccount.name }}
-{{- else }}
-{{- default "default" .Values.serviceAccount.name }}
-{{- end }}
 {{- end }}
 
 {{- /* The reference of an image: (list . .Values.image) */}}
