@@ -204,6 +204,47 @@ async def test_who_leaves_in_the_middle_of_the_head(node: LoopbackRelay) -> None
     assert len(node.hub.links) == 1
 
 
+async def test_the_timer_ends_with_the_connection(node: LoopbackRelay) -> None:
+    first = doorman.Doorman(doorman.Reception(node.hub, asyncio.Protocol))
+    first.connection_made(asyncio.Transport())
+    timer = first._timer
+    assert timer is not None
+    first.connection_lost(None)
+    assert timer.cancelled()
+
+
+@pytest.mark.parametrize("target", [b"/derp", b"http://x/derp", b"HTTPS://x:443/derp?y"])
+async def test_both_forms_of_a_target(node: LoopbackRelay, target: bytes) -> None:
+    client = await node.connect()
+    client.send(b"GET " + target + b" HTTP/1.1\r\nHost: x\r\nUpgrade: DERP\r\n\r\n")
+    assert (await client.head()).startswith(b"HTTP/1.1 101 ")
+
+
+async def test_websocket(node: LoopbackRelay) -> None:
+    """Early clients said so and spoke DERP; those that mean it name the subprotocol, and are turned away."""
+    head = b"GET /derp HTTP/1.1\r\nHost: x\r\nUpgrade: WebSocket\r\n"
+    early, earnest = await node.connect(), await node.connect()
+    early.send(head + b"\r\n")
+    assert (await early.head()).startswith(b"HTTP/1.1 101 ")
+    earnest.send(head + b"Sec-WebSocket-Protocol: derp\r\n\r\n")
+    assert (await earnest.rest()).startswith(b"HTTP/1.1 426 ")
+
+
+def test_where_a_client_comes_from() -> None:
+    class From(asyncio.Transport):
+        def __init__(self, peer: object) -> None:
+            super().__init__({"peername": peer})
+
+    for peer, shown in (
+        (("192.0.2.1", 5), "192.0.2.1:5"),
+        (("::ffff:192.0.2.1", 5, 0, 0), "192.0.2.1:5"),
+        (("fe80::1%eth0", 5, 0, 2), "[fe80::1]:5"),
+        ("/run/derper.sock", "unknown"),
+        (None, "unknown"),
+    ):
+        assert str(doorman.remote_of(From(peer))) == shown
+
+
 # -- to aiohttp
 
 

@@ -25,7 +25,7 @@ from derper.wire.handshake import ClientInfo
 from derper.wire.keys import MeshKey, NodePrivate, NodePublic
 
 from .core import Bench, events_of
-from .loopback import FAST, LoopbackRelay, RawClient, private, relay, until
+from .loopback import FAST, PATIENCE, LoopbackRelay, RawClient, private, relay, until
 from .streams import cuts
 
 pytestmark = pytest.mark.both_loops
@@ -83,7 +83,8 @@ async def test_the_login_timer_ends_with_the_login(node: LoopbackRelay, monkeypa
     ],
     ids=["ping", "http", "4 GiB", "256 KiB + 1", "short", "zeros", "type 0"],
 )
-async def test_a_login_that_is_none(node: LoopbackRelay, first: bytes) -> None:
+async def test_a_login_that_is_none(node: LoopbackRelay, first: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "LOGIN_SECONDS", 2 * PATIENCE)  # it is not the timer that ends it
     client = await node.connect()
     client.send(FAST, first)
     assert await client.rest() == handshake.server_key_frame(node.public_key)
@@ -181,12 +182,12 @@ async def test_bytes_wait_for_the_admission() -> None:
         client.send(FAST, login_frame(node), frames.send_packet(ALICE.public, b"1"), frames.ping(b"12345678")[:6])
         key, source, answered = await admission.asked.get()
         assert (key, str(source)) == (ALICE.public, "127.0.0.1")
-        client.send(frames.ping(b"12345678")[6:], frames.send_packet(ALICE.public, b"2"))
         await client.frame()
         assert not node.hub.router.active
         answered(None)
         assert (await client.frame())[0] == FrameType.SERVER_INFO
         assert await client.frame() == (FrameType.RECV_PACKET, ALICE.public + b"1")
+        client.send(frames.ping(b"12345678")[6:], frames.send_packet(ALICE.public, b"2"))
         assert await client.frame() == (FrameType.PONG, b"12345678")
         assert await client.frame() == (FrameType.RECV_PACKET, ALICE.public + b"2")
 
