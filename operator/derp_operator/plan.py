@@ -84,7 +84,7 @@ def plan(region: Region, seen: Seen, now: datetime, maker: Maker) -> Plan:
 def published_map(region: Region, seen: Seen) -> DERPMap | None:
     """The map that stands in the cluster, None if there is none."""
     data = seen.data("ConfigMap", names.derp_map(region.name))
-    return read({key: value.decode() for key, value in data.items()} if data else None)
+    return read(region, {key: value.decode() for key, value in data.items()} if data else None)
 
 
 def _known(region: Region, recorded: Mapping[str, Any], published: Mapping[str, DERPNode]) -> set[str]:

@@ -67,16 +67,19 @@ def _renewed(old: DERPNode, candidate: Candidate) -> DERPNode:
     return dataclasses.replace(old, ipv4=new.ipv4, ipv6=new.ipv6, derp_port=new.derp_port, stun_port=new.stun_port)
 
 
-def read(data: Mapping[str, str] | None) -> DERPMap | None:
-    """The map in a ConfigMap's data, from whichever form is whole; None if there is none."""
-    if not data:
-        return None
+def read(region: Region, data: Mapping[str, str] | None) -> DERPMap | None:
+    """The map in a ConfigMap's data, from the form with more of the region's nodes; None if neither has any.
+
+    The two differ only if somebody edited one: what was taken out there is still promised to clients.
+    """
+    forms = []
     for key, parse in ((names.MAP_JSON, from_json), (names.MAP_YAML, from_yaml)):
         try:
-            return parse(data[key])
+            forms.append(parse((data or {})[key]))
         except (KeyError, MapError):
             continue
-    return None
+    best = max(forms, key=lambda form: len(nodes_of(region, form)), default=None)
+    return best if nodes_of(region, best) else None
 
 
 def nodes_of(region: Region, derpmap: DERPMap | None) -> dict[str, DERPNode]:

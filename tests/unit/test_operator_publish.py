@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 
 from derp_operator import names
@@ -35,7 +36,7 @@ def candidate(ordinal: int, *, known: bool = True, answers: bool = True, arrivin
 def step(before: DERPMap | None, candidates: list[Candidate]) -> DERPMap | None:
     """One pass, the map read back from its own text as from the ConfigMap."""
     wanted = region(replicas=max(3, len(candidates)))
-    found = read({names.MAP_JSON: before.to_json(), names.MAP_YAML: before.to_yaml()}) if before else None
+    found = read(wanted, {names.MAP_JSON: before.to_json(), names.MAP_YAML: before.to_yaml()}) if before else None
     return publish(wanted, nodes_of(wanted, found), candidates) or found
 
 
@@ -146,8 +147,16 @@ def test_removals_hold_at_once() -> None:
 
 def test_either_form_is_enough_to_remember() -> None:
     current = started()
-    for damaged in (names.MAP_JSON, names.MAP_YAML):
-        data = {names.MAP_JSON: current.to_json(), names.MAP_YAML: current.to_yaml(), damaged: "{"}
-        assert read(data) == current
-    assert read({names.MAP_JSON: "{", names.MAP_YAML: "{"}) is None
-    assert read({}) is None
+    for damaged, text in itertools.product((names.MAP_JSON, names.MAP_YAML), ("{", "{}")):
+        data = {names.MAP_JSON: current.to_json(), names.MAP_YAML: current.to_yaml(), damaged: text}
+        assert read(region(), data) == current
+    for text in ("{", "{}"):
+        assert read(region(), {names.MAP_JSON: text, names.MAP_YAML: text}) is None, "an empty map is none"
+    assert read(region(), {}) is None
+
+
+def test_a_node_that_was_taken_out_of_one_form_by_hand_is_still_promised() -> None:
+    current = started()
+    fewer = DERPMap(regions={900: dataclasses.replace(current.regions[900], nodes=current.regions[900].nodes[:1])})
+    for json, yaml in ((fewer, current), (current, fewer)):
+        assert read(region(), {names.MAP_JSON: json.to_json(), names.MAP_YAML: yaml.to_yaml()}) == current
