@@ -60,11 +60,11 @@ async def test_from_three_to_five_and_back(kube: Kube, peers: Peers, report: Rep
         await traffic.next_ok(ENOUGH)
         start = journal.mark()
         await scale(kube, 5)
+        nodes_came_after_they_answered(journal, start)
         await net.connected("b", "900e")
         up = await rest(traffic)
         report(f"to five: {told_by(journal, start)}")
         assert await running(kube) == first | {f"demo-{n}": await alone(kube, n) for n in (3, 4)}
-        nodes_came_after_they_answered(journal, start)
         assert (await kube.probe(DEMO.name, DEMO.namespace)).status == 0
         report(f"to five: {up}")
 
@@ -72,11 +72,11 @@ async def test_from_three_to_five_and_back(kube: Kube, peers: Peers, report: Rep
         await traffic.next_ok(ENOUGH)
         start = journal.mark()
         await scale(kube, 3)
+        nodes_left_before_their_pods(journal, start)
         await net.connected("b", "900c")
         down = await rest(traffic, may_fail=True)
         report(f"to three: {down}")
         assert await running(kube) == first
-        nodes_left_before_their_pods(journal, start)
     assert await template(kube) == pod_template
     assert await kube.derp_map(DEMO.name, DEMO.namespace) == derp_map
 
