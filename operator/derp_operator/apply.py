@@ -21,7 +21,7 @@ KINDS: Final = (
     "ServiceAccount", "NetworkPolicy", "PodDisruptionBudget", "Secret", "ConfigMap", "Service", "StatefulSet",
 )  # fmt: skip
 
-_REFUSALS: Final = frozenset({400, 403, 413, 422})
+REFUSALS: Final = frozenset({400, 403, 413, 422})
 """HTTP statuses that the same request meets again: what the user can do something about, not the operator."""
 _INDEPENDENT: Final = "Service"
 _NO_VERSION: Final = "1"
@@ -102,7 +102,7 @@ async def apply(cluster: Cluster, region: Region, manifests: Sequence[Object], l
         try:
             result[key] = await _apply_one(cluster, region, manifest, live.get(key))
         except ApiError as error:
-            if error.status not in _REFUSALS:
+            if error.status not in REFUSALS:
                 raise
             refused[key] = _refused(key, error)
             if manifest["kind"] != _INDEPENDENT:

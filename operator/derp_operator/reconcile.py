@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from . import events, names
-from .apply import Applied, apply, identity, prune, taken
+from .apply import REFUSALS, Applied, apply, identity, prune, taken
 from .conditions import READY, Finding
 from .keyring import Maker
 from .kube import ApiError, Cluster, Object
@@ -109,7 +109,9 @@ class Reconciler:
         try:
             await self.cluster.merge("Pod", region.namespace, pod, patch)
         except ApiError as error:
-            if error.status != 404:  # it has just gone
+            if error.status in REFUSALS:  # a rule of the cluster; the kubelet refreshes within a minute or so anyway
+                log.warning("%s/%s: pod %s is not told of new files: %s", region.namespace, region.name, pod, error)
+            elif error.status != 404:  # it has just gone
                 raise
 
     async def _write(self, resource: Object, new: Status) -> None:

@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 from derp_operator import names
-from derp_operator.kube import Object
+from derp_operator.kube import ApiError, Object
 
 from derper.derpmap import from_json
 
 from .controlplane import ControlPlane
-from .world import HANG, World, condition, world
+from .world import HANG, Recorder, World, condition, world
 
 
 @pytest.fixture
@@ -171,3 +171,17 @@ async def test_a_value_that_only_the_api_server_knows_is_wrong_is_told_and_heals
     assert "must be less than or equal to memory limit" in condition(region)["message"]
     await berlin.change(pod=None)
     assert condition(await berlin.settle())["status"] == "True"
+
+
+async def test_a_rule_against_changes_of_pods_hides_nothing(berlin: World) -> None:
+    class Strict(Recorder):
+        async def merge(self, kind: str, namespace: str, name: str, patch: Object) -> Object:
+            raise ApiError(403, "Forbidden", "pods are as they are")
+
+    await berlin.create()
+    await berlin.settle()
+    await berlin.change(limits={"clientBytesPerSecond": 100000})
+    await berlin.reconcile(Strict(berlin.kube))
+    region = await berlin.region()
+    assert region["status"]["observedGeneration"] == region["metadata"]["generation"]
+    assert condition(region)["status"] == "True"
