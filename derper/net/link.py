@@ -96,6 +96,8 @@ class Link(asyncio.BufferedProtocol):
         self._cancel_timers()
         if self._session is not None:
             hub.leave(self._session)
+            self._session = None
+        del self._transport  # they hold each other, and TLS with them: so all go now, not at some garbage collection
 
     def pause_writing(self) -> None:
         """The socket is full."""
@@ -127,8 +129,9 @@ class Link(asyncio.BufferedProtocol):
         return self._session
 
     def close(self) -> None:
-        """Close after what is written has been sent."""
-        self._transport.close()
+        """Close after what is written has been sent; nothing if it is closed."""
+        if self in self._hub.links:
+            self._transport.close()
 
     def check_stall(self, now: float) -> None:
         """Drop a client that has not read for too long."""
@@ -205,7 +208,7 @@ class Link(asyncio.BufferedProtocol):
         return used
 
     def _admission_answered(self, key: NodePublic, info: ClientInfo, refusal: str | None) -> None:
-        if self._transport.is_closing() or self not in self._hub.links:
+        if self not in self._hub.links or self._transport.is_closing():
             return
         if refusal is not None:
             self._refuse(f"client {key} rejected: {refusal}")

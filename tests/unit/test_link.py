@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import random
 import socket
@@ -17,8 +18,10 @@ from derper.net import link as link_module
 from derper.net.admission import Address, Admission
 from derper.net.doorman import Doorman, Reception
 from derper.net.hub import Hub, MeshKeys, _Wheel
+from derper.net.link import Link
 from derper.relay.admission import AdmissionPolicy
 from derper.relay.limits import Limits
+from derper.relay.session import Session
 from derper.wire import frames, handshake
 from derper.wire.frames import HEADER, FrameType
 from derper.wire.handshake import ClientInfo
@@ -518,6 +521,20 @@ async def test_any_bytes_are_answered_or_close_the_connection() -> None:
 
 
 # -- nothing is left
+
+
+async def test_what_is_closed_waits_for_no_garbage_collection() -> None:
+    """A connection's TLS is tens of kilobytes, and the old generation is rarely looked at."""
+    async with relay(tls=True) as node:
+        gc.collect()
+        gc.disable()
+        try:
+            client = await node.dial(ALICE)
+            await client.close()
+            await until(lambda: not node.hub.links)
+            await until(lambda: not any(isinstance(found, Link | Session) for found in gc.get_objects()))
+        finally:
+            gc.enable()
 
 
 def descriptors() -> int:
