@@ -19,6 +19,7 @@ __all__ = ["Admission"]
 log = logging.getLogger("derper")
 
 _ASK_SECONDS: Final = 5.0
+_QUESTIONS_AT_ONCE: Final = 1000
 _MAX_ANSWER: Final = 4 << 10
 
 Address = IPv4Address | IPv6Address | None
@@ -92,7 +93,9 @@ class Admission:
 
     async def _ask_url(self, url: str, key: NodePublic, source: Address) -> bool:
         if self._http is None:
-            self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_ASK_SECONDS))
+            # The time-out includes the wait for a connection, so questions that hang must leave some for others.
+            connector = aiohttp.TCPConnector(limit=_QUESTIONS_AT_ONCE)
+            self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_ASK_SECONDS), connector=connector)
         request = {"NodePublic": str(key), "Source": "" if source is None else str(source)}
         try:
             async with self._http.post(url, json=request) as response:

@@ -30,6 +30,33 @@ async def controller(answer: Callable[[Writer], Awaitable[Any]]) -> AsyncIterato
     server.close()
 
 
+async def test_questions_that_hang_hold_up_no_other() -> None:
+    asked = 0
+    all_others, over = asyncio.Event(), asyncio.Event()
+
+    async def answer_the_last(writer: Writer) -> None:
+        nonlocal asked
+        asked += 1
+        if asked <= 150:
+            if asked == 150:
+                all_others.set()
+            await over.wait()
+        else:
+            writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n{"Allow": true}')
+
+    async with controller(answer_the_last) as url:
+        admission = Admission(AdmissionPolicy(urls=(url,)))
+        answers: asyncio.Queue[str | None] = asyncio.Queue()
+        for number in range(150):
+            admission.ask(key(number), None, answers.put_nowait)
+        async with asyncio.timeout(PATIENCE):
+            await all_others.wait()
+            admission.ask(key(200), None, answers.put_nowait)
+            assert await answers.get() is None
+        over.set()
+        await admission.close()
+
+
 async def ask(url: str) -> str | None:
     admission = Admission(AdmissionPolicy(urls=(url,)))
     answered: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
