@@ -324,9 +324,12 @@ async def test_limits_change_for_connected_clients(region: Region) -> None:
         assert node.relay.listener is not None
         (session,) = node.relay.hub.router.sessions()
         assert session._bucket is None
+        assert node.relay.tls is not None
+        served = node.relay.tls.certificates
         region.settings(node, limits={"clientBytesPerSecond": 1000, "acceptPerSecond": 1})
         await until(lambda: session._bucket is not None)
         assert node.relay.listener.limit is not None
+        assert node.relay.tls.certificates is served, "no new contexts without new certificates"
         await alice.close()
 
 
