@@ -121,7 +121,7 @@ def load_key(path: Path) -> NodePrivate:
 
 def make_key(path: Path) -> None:
     """Make the key file with a new key if there is none (cmd/derper, writeNewConfig).  Raises `FileError`."""
-    if path.exists():
+    if os.path.exists(path):  # unlike Path.exists() it bears folders that are closed to us; writing then says so
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +159,7 @@ def make_ip_certificate(stem: Path, host: str, now: datetime) -> None:
         ip_address(host)
     except ValueError:
         return
-    if cert_path.exists() or key_path.exists():
+    if os.path.exists(cert_path) or os.path.exists(key_path):
         return
     pair = certs.self_signed([host], now=now)
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -176,7 +177,7 @@ class RelayState:
         try:
             pairs = files.load_pairs(self._stems())
         except CertificateError as error:
-            if self.config.settings or self._pair_paths()[0].exists():
+            if self.config.settings or os.path.exists(self._pair_paths()[0]):
                 raise
             host = self.config.hostname
             raise FileError(

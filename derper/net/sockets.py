@@ -21,7 +21,10 @@ def bind(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
             if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
                 raise
             return _bound(socket.AF_INET, ("0.0.0.0", port), kind, dual=False)
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)[0]
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)[0]
+    except UnicodeError:
+        raise OSError(errno.EINVAL, "this is no host name") from None
     return _bound(family, address, kind, dual=False)  # with the zone of a link-local address
 
 

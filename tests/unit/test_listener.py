@@ -214,6 +214,11 @@ def test_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
         assert sock.getsockname()[0] == "0.0.0.0"
 
 
+def test_a_name_that_is_none() -> None:
+    with pytest.raises(OSError, match="no host name"):
+        sockets.bind("x" * 64, 0, socket.SOCK_STREAM)
+
+
 def test_a_port_in_use() -> None:
     with sockets.bind("127.0.0.1", 0, socket.SOCK_STREAM) as sock:
         sock.listen()

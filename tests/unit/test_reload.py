@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
 
-from derper import certs
+from derper import certs, files
 from derper.config import parse_flags
 from derper.files import FileError, Watched
 from derper.state import RelayState
@@ -27,9 +27,9 @@ class Clock:
         return self.now
 
 
-def state_of(folder: Path, clock: Clock) -> RelayState:
+def state_of(folder: Path, clock: Clock, key: Path | None = None) -> RelayState:
     flags = ["-a", ":8443", "-certmode", "manual", "-certdir", str(folder), "-hostname", HOST]
-    return RelayState(parse_flags([*flags, "-c", str(folder / "derper.key")], {}, is_root=False), clock)
+    return RelayState(parse_flags([*flags, "-c", str(key or folder / "derper.key")], {}, is_root=False), clock)
 
 
 def put(folder: Path, cert_pem: bytes, key_pem: bytes) -> None:
@@ -102,3 +102,14 @@ def test_what_fails_is_tried_again_and_told_once(tmp_path: Path) -> None:
     assert watched.failures == 2
     assert applied == ["loaded"]
     assert watched.poll() is False
+
+
+def test_names_that_are_too_long(tmp_path: Path) -> None:
+    """As a folder that is closed to us: not even whether the file exists can be told."""
+    name = "x" * 300
+    with pytest.raises(FileError, match=r"^cannot make the key file .*: file name too long$"):
+        files.make_key(tmp_path / name)
+    with pytest.raises(FileError, match=r"^cannot write the certificate .*: file name too long$"):
+        files.make_ip_certificate(tmp_path / name / "127.0.0.1", "127.0.0.1", Clock().now)
+    with pytest.raises(FileError, match=r"there is none for relay\.example"):
+        state_of(tmp_path / name, Clock(), key=tmp_path / "derper.key").load_all()
