@@ -48,6 +48,7 @@ _DRAIN_STEP_SECONDS: Final = 0.2
 _FLUSH_SECONDS: Final = 0.2
 _META_RENEW_DAYS: Final = 7
 _KEEP_ALIVE_HTTP: Final = 30.0
+_HTTP_SHUTDOWN: Final = 1.0  # seconds; no page takes long, and a client that does must not hold up the end
 
 
 class StartError(Exception):
@@ -228,7 +229,7 @@ class Relay:
         return TokenBucket(limits.accept_per_second, max(limits.accept_burst, 1), now)
 
     async def _runner(self, app: web.Application) -> Any:
-        runner = web.AppRunner(app, access_log=None, handle_signals=False)
+        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=_HTTP_SHUTDOWN)
         await runner.setup()
         self._runners.append(runner)
         assert runner.server is not None
@@ -334,7 +335,7 @@ class Relay:
         app.router.add_get("/readyz", self._readyz)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/status", self._status)
-        runner = web.AppRunner(app, access_log=None, handle_signals=False)
+        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=_HTTP_SHUTDOWN)
         await runner.setup()
         self._runners.append(runner)
         host, port = self.config.metrics_host, self.config.metrics_port
