@@ -62,7 +62,12 @@ async def watch(login: Login, namespaces: Collection[str], report: Report, ready
         if not stop.is_set() and not task.cancelled():
             loop.call_soon_threadsafe(break_off, task.exception())
 
+    def stray(of: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if not stop.is_set():  # else one more watch has failed of the same cause, which was told in one sentence
+            of.default_exception_handler(context)
+
     async def serve() -> None:
+        asyncio.get_running_loop().set_exception_handler(stray)
         tasks = await kopf.spawn_tasks(
             registry=registry(login, forward),
             settings=settings(),
