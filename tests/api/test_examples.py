@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import os
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -18,8 +16,6 @@ import yaml
 from derp_operator.handlers import watch
 from derp_operator.kube import Kube
 from derp_operator.leader import Leadership
-
-from dev.cluster import binaries, state
 
 from .controlplane import HANG, ControlPlane
 from .world import Recorder, World, condition, connection, world
@@ -42,18 +38,6 @@ def test_examples_are_accepted(api: ControlPlane, path: Path) -> None:
         done = api.kubectl("apply", "--server-side", "--dry-run=server", "--filename=-", manifest=document)
         assert done.returncode == 0, done.stderr
         assert "Warning" not in done.stderr
-
-
-@pytest.fixture(scope="module")
-def helm() -> Path:
-    built = binaries.HELM.path(state.paths(os.environ))
-    found = str(built) if built.exists() else shutil.which("helm")
-    if found is None:
-        reason = f"no helm: neither {built} nor a helm on the PATH (`make demo` builds it)"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return Path(found)
 
 
 class Release:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import os
 import re
-import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +16,6 @@ import yaml
 from derp_operator.__main__ import options
 
 import derper
-from dev.cluster import binaries, state
-from dev.cluster.steps import Steps
 from tests.unit.crdschema import ROOT, problems, schema
 
 CHART = ROOT / "charts" / "derp-operator"
@@ -29,21 +24,6 @@ CLUSTER_WIDE = {"ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition",
 
 Object = dict[str, Any]
 Render = Callable[..., list[Object]]
-
-
-@pytest.fixture(scope="module")
-def helm() -> Path:
-    """Helm from the PATH or the cache, built once where Go is there; without Go the tests are skipped, but not in CI."""
-    paths = state.paths(os.environ)
-    built = binaries.HELM.path(paths)
-    if not built.exists():
-        found = shutil.which("helm")
-        if found is not None:
-            return Path(found)
-        if shutil.which("go") is None and os.environ.get("CI") != "true":
-            pytest.skip(f"no helm: neither {built} nor one on the PATH, and no Go to build it")
-        binaries.build(paths, Steps(sys.__stderr__ or sys.stderr), [binaries.HELM])
-    return built
 
 
 def run(helm: Path, *args: str, values: Object | None = None) -> subprocess.CompletedProcess[str]:
