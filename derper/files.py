@@ -141,6 +141,8 @@ def load_mesh_keys(path: Path) -> MeshKeys:
             keys.append(MeshKey.parse(line))
         except KeyFormatError as error:
             raise FileError(f"{path}, line {number}: {error}") from None
+        if not line.strip("0"):  # for stock derper this is no key at all; anybody would guess it
+            raise FileError(f"{path}, line {number}: a mesh key of zeros is no secret; make one: openssl rand -hex 32")
     return MeshKeys(keys[0], tuple(keys))
 
 

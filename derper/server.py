@@ -106,6 +106,7 @@ class Relay:
         if self._http_listener is not None:
             self._http_listener.close()
         if self.hub is not None:
+            self.hub.draining = True
             await self._close_clients(self.hub)
         await self.close()
 
@@ -240,11 +241,13 @@ class Relay:
     async def _follow_files(self) -> None:
         while True:
             await asyncio.sleep(_POLL_SECONDS)
-            if self.state.poll() or (self.hub is not None and self.listener is None) or self._meta_is_old():
-                try:
+            try:
+                if self.state.poll() or (self.hub is not None and self.listener is None) or self._meta_is_old():
                     await self._open()
-                except (StartError, CertificateError) as error:
-                    log.error("%s", error)
+            except (StartError, CertificateError) as error:
+                log.error("%s", error)
+            except Exception:  # a relay that no longer reads its files would be worse than a traceback in its log
+                log.exception("cannot put the files into force; trying again")
 
     def _meta_is_old(self) -> bool:
         expires = self.tls.meta_expires if self.tls is not None else None

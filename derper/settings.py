@@ -116,7 +116,8 @@ class _Object:
         return float(value)
 
     def child(self, key: str) -> _Object:
-        return _Object(self._value.get(key) or {}, f"{self._where}.{key}")
+        value = self._value.get(key)
+        return _Object({} if value is None else value, f"{self._where}.{key}")
 
     def items(self) -> list[tuple[str, Any]]:
         return sorted(self._value.items())

@@ -96,6 +96,9 @@ class Doorman(asyncio.Protocol):
 
     def _derp(self, head: _Head, early: bytes) -> None:
         hub = self._reception.hub
+        if hub.draining:  # it came before the port was closed, and would only have to go again
+            self._transport.abort()
+            return
         link = Link(hub, remote_of(self._transport), not_ideal=bool(head.ideal_node))
         greeting = b"" if head.fast_start else _switching(hub)
         link.take_over(self._transport, greeting, early)

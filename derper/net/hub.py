@@ -94,6 +94,7 @@ class Hub:
         self.loop = asyncio.get_running_loop()
         self.clock = self.loop.time
         self.links: set[Link] = set()
+        self.draining = False  # no new clients
         self.link_lost = asyncio.Event()  # set whenever a link closes
         self.paused: set[Link] = set()  # those whose socket is full
         # One read buffer for all links: what a link does not use at once it copies.

@@ -85,6 +85,14 @@ async def test_other_spellings_of_an_upgrade(node: LoopbackRelay, head: bytes) -
     assert (await client.head()).startswith(b"HTTP/1.1 101 ")
 
 
+async def test_nobody_comes_in_while_the_relay_drains(node: LoopbackRelay) -> None:
+    client = await node.connect()
+    node.hub.draining = True
+    client.send(UPGRADE)
+    assert await client.rest() == b""
+    assert not node.hub.links
+
+
 async def test_the_ideal_node_is_noted(node: LoopbackRelay) -> None:
     client = await node.connect()
     client.send(FAST[:-2] + b"Ideal-Node: 900a\r\n\r\n", login(node))

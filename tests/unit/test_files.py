@@ -78,6 +78,7 @@ def pod(tmp_path: Path) -> Pod:
         ("", "{path}: it is empty; it must hold a mesh key of 64 hexadecimal digits"),
         (" \n\n", "{path}: it is empty; it must hold a mesh key of 64 hexadecimal digits"),
         (b"\xff" * 64, "{path}: not a text file"),
+        ("0" * 64, "{path}, line 1: a mesh key of zeros is no secret; make one: openssl rand -hex 32"),
     ],
 )
 def test_mesh_key_files_that_are_none(tmp_path: Path, text: str | bytes, message: str) -> None:

@@ -80,6 +80,7 @@ def with_node(**changes: Any) -> object:
         ([], "the settings must be a JSON object"),
         ({"region": 7}, "the settings.region must be a string"),
         ({"nodes": [1]}, "the settings.nodes must be a JSON object"),
+        ({"limits": False}, "the settings.limits must be a JSON object"),
         ({"nodes": {"a": 1}}, "nodes.a must be a JSON object"),
         ({"nodes": {"a": {}}}, "nodes.a.serverKey must be a string"),
         (
