@@ -195,6 +195,7 @@ def _require_compiler(step: Callable[[str], None]) -> None:
     if os.geteuid() != 0 or not shutil.which("apt-get"):
         raise BenchError("OpenSSL's headers are missing: install them (Debian: apt-get install libssl-dev)")
     step("installing OpenSSL's headers: apt-get install libssl-dev")
+    subprocess.run(["apt-get", "update", "--quiet"], capture_output=True)
     done = subprocess.run(["apt-get", "install", "--yes", "--quiet", "libssl-dev"], capture_output=True, text=True)
     if done.returncode:
         raise BenchError(f"apt-get install libssl-dev failed: {done.stderr.strip().splitlines()[-1:]}")

@@ -235,7 +235,9 @@ async def _loaded(relay: FakeRelay, folder: Path) -> AsyncIterator[generator.Gen
 
 
 needs_compiler = pytest.mark.skipif(
-    not shutil.which("gcc") or not Path("/usr/include/openssl/ssl.h").exists(), reason="needs gcc and OpenSSL's headers"
+    os.environ.get("CI") != "true"  # there the headers are installed
+    and not (shutil.which("gcc") and Path("/usr/include/openssl/ssl.h").exists()),
+    reason="needs gcc and OpenSSL's headers",
 )
 LOAD = Paced(pairs(1), Shape(2, 4), 200, 800)
 
