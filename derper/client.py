@@ -10,6 +10,8 @@ The mesh, the prober and the tests use it::
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -442,8 +444,10 @@ class _Protocol(asyncio.Protocol):
 def _reason(error: BaseException | None) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the certificate is not trusted: {error.verify_message}"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower() if error.errno else error.strerror
+    if isinstance(error, ssl.SSLError | socket.gaierror):  # their numbers are not the system's
+        return error.strerror or str(error)
+    if isinstance(error, OSError) and error.errno:  # asyncio puts the address into the text
+        return os.strerror(error.errno).lower()
     if isinstance(error, ConnectionError) and not str(error):
         return "the server closed the connection"
     return str(error) or type(error).__name__
