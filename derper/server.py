@@ -188,17 +188,7 @@ class Relay:
         if self._public is None:  # this is tried again while the port is taken
             self._public = await self._runner(public_app(config.home, derp=config.derp))
         reception = Reception(hub, self._public, serve_derp=config.derp)
-        context = self._context if config.tls else None
-        try:
-            self.listener = Listener.listen(
-                config.listen_host,
-                config.listen_port,
-                lambda: Doorman(reception),
-                context=context,
-                options=self._options,
-            )
-        except OSError as error:
-            raise StartError(_cannot_listen("TCP", config.listen_host, config.listen_port, error, "-a")) from None
+        self.listener = self._open_port(config.listen_port, "-a", reception, tls=config.tls)
         self.listener.limit = self._accept_limit()
         if config.tls and config.http_port >= 0:
             await self._listen_http(hub)
@@ -206,18 +196,16 @@ class Relay:
         log.info("derper: serving on %s:%d %s", config.listen_host, self.listener.port, scheme)
 
     async def _listen_http(self, hub: Hub) -> None:
-        config = self.config
         reception = Reception(hub, await self._runner(redirect_app()), serve_derp=False)
+        self._http_listener = self._open_port(self.config.http_port, "-http-port", reception, tls=False)
+
+    def _open_port(self, port: int, flag: str, reception: Reception, *, tls: bool) -> Listener:
+        """Listen for those who go to `reception`.  Raises `StartError`; `flag` is what can choose another port."""
+        host, context = self.config.listen_host, self._context if tls else None
         try:
-            self._http_listener = Listener.listen(
-                config.listen_host,
-                config.http_port,
-                lambda: Doorman(reception),
-                context=None,
-                options=self._options,
-            )
+            return Listener.listen(host, port, lambda: Doorman(reception), context=context, options=self._options)
         except OSError as error:
-            raise StartError(_cannot_listen("TCP", config.listen_host, config.http_port, error, "-http-port")) from None
+            raise StartError(_cannot_listen("TCP", host, port, error, flag)) from None
 
     def _context(self) -> Any:
         return self.tls.context if self.tls is not None else None

@@ -66,7 +66,7 @@ class Link(asyncio.BufferedProtocol):
         transport.write(greeting + handshake.server_key_frame(hub.private_key.public))
         if early:
             self._tail = early
-            self._process(b"")
+            self._process_tail()
 
     # -- asyncio.BufferedProtocol ---------------------------------------------------------------------
 
@@ -146,11 +146,11 @@ class Link(asyncio.BufferedProtocol):
 
     # -- bytes in ------------------------------------------------------------------------------------------
 
-    def _process(self, data: bytes) -> None:
-        """Use bytes that did not come through the shared buffer."""
-        pending = self._tail + data
-        self._hub.read_buffer[: len(pending)] = pending
-        self._consume(len(pending), len(data))
+    def _process_tail(self) -> None:
+        """Use bytes that did not come through the shared buffer, or had to wait for the admission."""
+        tail = self._tail
+        self._hub.read_buffer[: len(tail)] = tail
+        self._consume(len(tail), 0)
 
     def _consume(self, end: int, fresh: int) -> None:
         hub = self._hub
@@ -215,7 +215,7 @@ class Link(asyncio.BufferedProtocol):
             return
         self._open(key, info, False)
         self._transport.resume_reading()
-        self._process(b"")
+        self._process_tail()
 
     def _open(self, key: NodePublic, info: ClientInfo, can_mesh: bool) -> None:
         hub = self._hub
