@@ -52,6 +52,7 @@ lint: venv ## ruff, mypy --strict, import contracts, chart and CRD
 	@echo "==> lint: mypy --strict"; $(BIN)/mypy
 	@echo "==> lint: import contracts"; $(BIN)/lint-imports --no-cache | grep -vE '[╔╗║╚▶◀▲]|└|^$$'
 	@echo "==> lint: the chart's CRD and docs/api.md are those of crds/"; $(RUN) dev.chart check && $(RUN) dev.apidoc check
+	@echo "==> lint: docs/parity.md is tests/interop/parity/"; $(RUN) dev.parity check
 
 test: lint test-unit test-interop test-api test-e2e ## everything
 

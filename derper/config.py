@@ -10,11 +10,14 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from ipaddress import ip_address
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Any, Final
 
 __all__ = ["Config", "MeshHost", "UsageError", "parse_flags", "usage"]
+
+
+Network = IPv4Network | IPv6Network
 
 
 class UsageError(Exception):
@@ -47,8 +50,13 @@ class Config:
     home: str = ""
     mesh_key_path: str = ""
     mesh_with: tuple[MeshHost, ...] = ()
-    verify_url: str = ""
+    bootstrap_dns: tuple[str, ...] = ()
+    unpublished_dns: tuple[str, ...] = ()
+    verify_clients: bool = False
+    tailscaled_socket: str = ""
+    verify_urls: tuple[str, ...] = ()
     verify_fail_open: bool = False
+    admission_keys: tuple[str, ...] = ()
     accept_per_second: float = 0.0
     accept_burst: int = 0
     rate_config: str = ""
@@ -59,6 +67,9 @@ class Config:
     node: str = ""
     metrics_host: str = ""
     metrics_port: int = 0
+    status_socket: str = ""
+    trusted_proxies: tuple[Network, ...] = ()
+    proxy_protocol: bool = False
     dev: bool = False
 
     @property
@@ -137,10 +148,22 @@ def _home(text: str) -> str:
     return text
 
 
-def _url(text: str) -> str:
-    if text and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", text):
-        raise ValueError("a URL that starts with http:// or https://")
-    return text
+def _urls(text: str) -> tuple[str, ...]:
+    urls = tuple(re.split(r",(?=https?://)", text)) if text else ()  # a comma may also be a part of a URL
+    if not all(re.fullmatch(r"https?://[^\s/]+(/\S*)?", url) for url in urls):
+        raise ValueError("one or more URLs that start with http:// or https://, separated by commas")
+    return urls
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _networks(text: str) -> tuple[Network, ...]:
+    try:
+        return tuple(ip_network(word) for word in _words(text))
+    except ValueError:
+        raise ValueError("IP addresses or networks such as 198.51.100.0/24, separated by commas") from None
 
 
 def _mesh_with(text: str) -> tuple[MeshHost, ...]:
@@ -185,8 +208,22 @@ _FLAGS: Final = (
         "file with the mesh key, 64 hexadecimal digits; more lines: also accepted",
     ),
     _Flag("mesh-with", "mesh_with", _mesh_with, "comma-separated hosts to mesh with, each HOST or HOST/DIAL-HOST"),
-    _Flag("verify-client-url", "verify_url", _url, "admission controller to ask about each client"),
-    _Flag("verify-client-url-fail-open", "verify_fail_open", _switch, "admit clients while it cannot be asked (false)"),
+    _Flag("bootstrap-dns-names", "bootstrap_dns", _words, "comma-separated names to publish at /bootstrap-dns"),
+    _Flag(
+        "unpublished-bootstrap-dns-names",
+        "unpublished_dns",
+        _words,
+        "names that /bootstrap-dns answers without listing them, each NAME or NAME/TXT-RECORD-WITH-PERCENTAGE",
+    ),
+    _Flag("verify-clients", "verify_clients", _switch, "admit the clients that the local tailscaled knows (false)"),
+    _Flag("socket", "tailscaled_socket", str, "socket of that tailscaled (/var/run/tailscale/tailscaled.sock)"),
+    _Flag(
+        "verify-client-url", "verify_urls", _urls, "admission controllers to ask about each client; one must allow it"
+    ),
+    _Flag("verify-client-url-fail-open", "verify_fail_open", _switch, "admit clients while none can be asked (false)"),
+    _Flag(
+        "admission-keys", "admission_keys", _words, "files with keys of clients to admit, one nodekey:<hex> per line"
+    ),
     _Flag("accept-connection-limit", "accept_per_second", _number, "new connections per second (no limit)"),
     _Flag("accept-connection-burst", "accept_burst", _count, "new connections at once; without it there is no limit"),
     _Flag("rate-config", "rate_config", str, "JSON file with rate limits, read again when it changes"),
@@ -197,8 +234,9 @@ _FLAGS: Final = (
     _Flag("settings", "settings", str, "settings file of a region, read again when it changes"),
     _Flag("node", "node", str, "this relay's name in the settings"),
     _Flag("metrics-addr", "metrics", _address, "address for /healthz, /readyz, /metrics and /status"),
-    _Flag("verify-clients", "", _switch, "", "give the admission controller's URL in -verify-client-url instead"),
-    _Flag("socket", "", str, "", "it only goes with -verify-clients; use -verify-client-url instead"),
+    _Flag("status-socket", "status_socket", str, "Unix socket for derper status"),
+    _Flag("trusted-proxies", "trusted_proxies", _networks, "proxies whose word on a client's address is believed"),
+    _Flag("proxy-protocol", "proxy_protocol", _switch, "trusted proxies begin with a PROXY protocol v2 header (false)"),
     _Flag("acme-ip-certs", "", _switch, "", "use -certmode manual, which makes a self-signed certificate for an IP"),
     _Flag("acme-eab-kid", "", str, "", "put certificates into -certdir and use -certmode manual; they are reloaded"),
     _Flag("acme-eab-key", "", str, "", "put certificates into -certdir and use -certmode manual; they are reloaded"),
@@ -206,8 +244,6 @@ _FLAGS: Final = (
     _Flag("secrets-url", "", str, "", "put the mesh key into a file and name it in -mesh-psk-file"),
     _Flag("secrets-path-prefix", "", str, "", "put the mesh key into a file and name it in -mesh-psk-file"),
     _Flag("secrets-cache-dir", "", str, "", "put the mesh key into a file and name it in -mesh-psk-file"),
-    _Flag("bootstrap-dns-names", "", str, "", "this version has no bootstrap DNS"),
-    _Flag("unpublished-bootstrap-dns-names", "", str, "", "this version has no bootstrap DNS"),
     _Flag("ace", "", _switch, "", "this version has no ACE server"),
 )
 
@@ -225,6 +261,7 @@ def parse_flags(arguments: Sequence[str], environ: Mapping[str, str], *, is_root
         values = {"listen_port": 3340, "listen_host": "", "http_port": -1, **values, "dev": True}
     config = _with_defaults(Config(**values), environ, is_root)
     _check(config)
+    _check_proxies(config)
     return config
 
 
@@ -268,9 +305,10 @@ def _check(config: Config) -> None:
     if config.settings:
         if not config.node:
             raise UsageError("-settings needs -node, the name of this relay in the settings file")
-        if config.mesh_with or config.verify_url or config.rate_config:
+        if config.mesh_with or config.verify_urls or config.admission_keys or config.rate_config:
             raise UsageError(
-                "-settings says what -mesh-with, -verify-client-url and -rate-config say; use one or the other"
+                "-settings says what -mesh-with, -verify-client-url, -admission-keys and -rate-config say;"
+                " use one or the other"
             )
         return
     if config.node:
@@ -284,6 +322,11 @@ def _check(config: Config) -> None:
             f"-certmode {config.cert_mode} is not supported: use -certmode manual with certificates in -certdir"
             " (from cert-manager, certbot or lego; they are reloaded), or with an IP address as -hostname"
         )
+
+
+def _check_proxies(config: Config) -> None:
+    if config.proxy_protocol and not config.trusted_proxies:
+        raise UsageError("-proxy-protocol needs -trusted-proxies: anybody else could claim any address")
 
 
 def _with_defaults(config: Config, environ: Mapping[str, str], is_root: bool) -> Config:

@@ -124,9 +124,8 @@ class RelayState:
     def policy(self) -> AdmissionPolicy:
         """Who is admitted."""
         if not self.config.settings:
-            url = self.config.verify_url
-            urls = (url,) if url else ()
-            return AdmissionPolicy(is_open=not url, urls=urls, fail_open=self.config.verify_fail_open)
+            urls = self.config.verify_urls
+            return AdmissionPolicy(is_open=not urls, urls=urls, fail_open=self.config.verify_fail_open)
         if self.settings is None:
             return AdmissionPolicy()
         admission = self.settings.admission

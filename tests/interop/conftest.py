@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -106,6 +107,22 @@ async def relays(peers: Peers, addresses: Iterator[str], tmp_path: Path) -> Asyn
 def make(request: pytest.FixtureRequest) -> str:
     """Runs a test with the stock relay, as the reference, and with ours."""
     return str(request.param)
+
+
+@dataclass(frozen=True)
+class Both:
+    """Stock derper and ours side by side, started alike, for tests that compare what they answer."""
+
+    stock: Relay
+    ours: Relay
+
+
+@pytest.fixture
+async def both(relays: Relays, request: pytest.FixtureRequest) -> Both:
+    """Parametrize it indirectly with the `RelayOptions` of both; by default their home page is blank, as ours is."""
+    options = getattr(request, "param", RelayOptions(flags=("-home=blank",)))
+    stock, ours = [await relays.start(relays.make(make, options)) for make in ("stock", "ours")]
+    return Both(stock, ours)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from .conftest import Relays
+from .conftest import Both
 from .processes import HANG
 from .relays import DERP_PORT, Relay, RelayOptions
 
@@ -57,17 +57,14 @@ class Browser:
 
 
 @pytest.fixture
-async def browser(relays: Relays, request: pytest.FixtureRequest) -> AsyncIterator[Browser]:
-    """Parametrize it indirectly with the value of -home."""
-    home = getattr(request, "param", "blank")
-    options = RelayOptions(flags=(f"-home={home}",))
-    stock, ours = [await relays.start(relays.make(make, options)) for make in ("stock", "ours")]
+async def browser(both: Both) -> AsyncIterator[Browser]:
+    """A browser of both relays."""
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     connector = aiohttp.TCPConnector(ssl=context, force_close=True)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(HANG)) as session:
-        yield Browser(stock, ours, session)
+        yield Browser(both.stock, both.ours, session)
 
 
 UPGRADE = b"GET /derp HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: DERP\r\n\r\n"
@@ -105,7 +102,7 @@ async def test_derp_wants_an_upgrade(browser: Browser, headers: dict[str, str]) 
     assert (ours.status, ours.body) == (stock.status, stock.body)
 
 
-@pytest.mark.parametrize("browser", ["https://example.com/"], indirect=True)
+@pytest.mark.parametrize("both", [RelayOptions(flags=("-home=https://example.com/",))], indirect=True)
 async def test_home_may_be_elsewhere(browser: Browser) -> None:
     stock, ours = await browser.both("GET", "/")
     assert (stock.status, stock.headers["Location"]) == (302, "https://example.com/")

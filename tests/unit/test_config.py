@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from datetime import UTC, datetime
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def test_spellings_of_a_switch(spelling: tuple[str, ...], value: bool) -> None:
         (("-home", "blank"), {"home": "blank"}),
         (("-home", "https://example.com"), {"home": "https://example.com"}),
         (("-mesh-psk-file", "/mesh"), {"mesh_key_path": "/mesh"}),
-        (("-verify-client-url", "https://x/verify"), {"verify_url": "https://x/verify"}),
+        (("-verify-client-url", "https://x/verify"), {"verify_urls": ("https://x/verify",)}),
         (("-verify-client-url-fail-open",), {"verify_fail_open": True}),
         (("-accept-connection-limit", "+Inf"), {"accept_per_second": 0.0}),
         (("-accept-connection-limit", "2.5"), {"accept_per_second": 2.5}),
@@ -89,7 +90,20 @@ def test_spellings_of_a_switch(spelling: tuple[str, ...], value: bool) -> None:
         (("-tcp-write-timeout", "250ms"), {"write_timeout": 0.25}),
         (("-tcp-write-timeout", "0"), {"write_timeout": 0.0}),
         (("-metrics-addr", ":9090"), {"metrics_host": "", "metrics_port": 9090}),
+        (
+            ("-verify-client-url", "https://x/a,b,http://y/"),
+            {"verify_urls": ("https://x/a,b", "http://y/")},
+        ),
+        (("-admission-keys", "/a, /b"), {"admission_keys": ("/a", "/b")}),
         (("-verify-clients=false",), {}),
+        (("-verify-clients", "-socket", "/s"), {"verify_clients": True, "tailscaled_socket": "/s"}),
+        (("-bootstrap-dns-names", "a.example,b.example"), {"bootstrap_dns": ("a.example", "b.example")}),
+        (("-unpublished-bootstrap-dns-names", "a.example/t"), {"unpublished_dns": ("a.example/t",)}),
+        (("-status-socket", "/run/s"), {"status_socket": "/run/s"}),
+        (
+            ("-trusted-proxies", "198.51.100.7,2001:db8::/32", "-proxy-protocol"),
+            {"trusted_proxies": (ip_network("198.51.100.7"), ip_network("2001:db8::/32")), "proxy_protocol": True},
+        ),
         (("-acme-email", ""), {}),
     ],
 )
@@ -175,7 +189,20 @@ LETSENCRYPT = (
         (("-stun-port", "x"), "-stun-port must be a port from 0 to 65535, or -1 for none, not 'x'"),
         (("-stun=yes",), "-stun must be true or false, not 'yes'"),
         (("-home", "x"), "-home must be empty, \"blank\", or a URL that starts with http:// or https://, not 'x'"),
-        (("-verify-client-url", "x"), "-verify-client-url must be a URL that starts with http:// or https://, not 'x'"),
+        (
+            ("-verify-client-url", "x"),
+            "-verify-client-url must be one or more URLs that start with http:// or https://, separated by commas,"
+            " not 'x'",
+        ),
+        (
+            ("-trusted-proxies", "198.51.100.7/24"),
+            "-trusted-proxies must be IP addresses or networks such as 198.51.100.0/24, separated by commas,"
+            " not '198.51.100.7/24'",
+        ),
+        (
+            ("-proxy-protocol",),
+            "-proxy-protocol needs -trusted-proxies: anybody else could claim any address",
+        ),
         (
             ("-accept-connection-limit", "nan"),
             "-accept-connection-limit must be a number that is not negative, not 'nan'",
@@ -190,18 +217,14 @@ LETSENCRYPT = (
         ),
         (("-mesh-with", "a b"), "-mesh-with must be a DNS name or an IP address, not 'a b'"),
         (("-mesh-with", "a"), "-mesh-with requires -mesh-psk-file"),
-        (
-            ("-verify-clients",),
-            "-verify-clients is not supported: give the admission controller's URL in -verify-client-url instead",
-        ),
-        (("-bootstrap-dns-names", "x"), "-bootstrap-dns-names is not supported: this version has no bootstrap DNS"),
         (("-certmode", "wat"), "-certmode must be manual, not 'wat'"),
         (("-certmode", "letsencrypt"), LETSENCRYPT),
         (("-node", "x"), "-node only goes with -settings"),
         (("-settings", "/s"), "-settings needs -node, the name of this relay in the settings file"),
         (
             ("-settings", "/s", "-node", "n", "-verify-client-url", "https://x"),
-            "-settings says what -mesh-with, -verify-client-url and -rate-config say; use one or the other",
+            "-settings says what -mesh-with, -verify-client-url, -admission-keys and -rate-config say;"
+            " use one or the other",
         ),
     ],
 )
