@@ -38,7 +38,7 @@ _INTRODUCTION = """\
 # Parity with stock derper
 
 Generated from `tests/interop/parity/` by `python -m dev.parity write`. The reference is `derper` of
-tailscale.com v1.102.3; each test named here asks the same of stock derper and of ours in one run of `make test-interop`.
+tailscale.com v1.102.3; each test named here asks both relays the same in one run of `make test-interop`.
 
 {counts}
 """
