@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import pytest
 
-from .gobuild import GoMissingError, Peers, Step, build_kind, build_peers
+from .gobuild import GoMissingError, Peers, Step, build_kind, build_peers, build_tailscaled
 from .peers import GoClients
 from .pki import Authority
 from .relays import OurDerper, Relay, RelayOptions, StockDerper, loopback_addresses
@@ -23,6 +23,12 @@ T = TypeVar("T")
 def peers(request: pytest.FixtureRequest) -> Peers:
     """The stock peers, built once into the cache."""
     return _built(build_peers, request.config)
+
+
+@pytest.fixture(scope="session")
+def tailscaled(request: pytest.FixtureRequest) -> Path:
+    """Stock `tailscaled`, and with TS_BE_CLI=1 in the environment the `tailscale` command."""
+    return _built(build_tailscaled, request.config)
 
 
 @pytest.fixture(scope="session")

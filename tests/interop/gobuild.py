@@ -45,6 +45,12 @@ def build_peers(step: Step) -> Peers:
     return Peers(folder / "derper", folder / "derpprobe", folder / "peers")
 
 
+def build_tailscaled(step: Step) -> Path:
+    """Stock `tailscaled`; with TS_BE_CLI=1 in its environment it is the `tailscale` command. Raises as build_peers."""
+    packages = ("tailscale.com/cmd/tailscaled",)
+    return _build(HERE / "tailscaled", "tailscale.com", packages, step, tags="ts_include_cli") / "tailscaled"
+
+
 def build_kind(step: Step) -> Path:
     """The `kind` command from its published module. Raises as build_peers."""
     return _build(HERE / "kindconfig", "sigs.k8s.io/kind", ("sigs.k8s.io/kind",), step) / "kind"
@@ -57,7 +63,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "derp-regions"
 
 
-def _build(module: Path, about: str, packages: Sequence[str], step: Step) -> Path:
+def _build(module: Path, about: str, packages: Sequence[str], step: Step, *, tags: str = "") -> Path:
     version = _required_version(module, about)
     target = cache_dir() / "bin" / f"{module.name}-{version}-{_sources_hash(module)}"
     with _locked(target):
@@ -70,7 +76,7 @@ def _build(module: Path, about: str, packages: Sequence[str], step: Step) -> Pat
         started = time.monotonic()
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             output = Path(scratch, "bin")
-            command = [go, "build", "-trimpath", "-ldflags=-s -w", "-o", f"{output}/", *packages]
+            command = [go, "build", "-trimpath", "-ldflags=-s -w", f"-tags={tags}", "-o", f"{output}/", *packages]
             subprocess.run(command, cwd=module, env={**os.environ, "CGO_ENABLED": "0"}, check=True)
             output.rename(target)
         step(f"built {target.name} in {time.monotonic() - started:.0f} s")
