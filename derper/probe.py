@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import secrets
 import shutil
 import sys
 import time
@@ -22,19 +21,15 @@ from typing import Any, Final
 
 import aiohttp
 
-from . import derpmap
+from . import derpmap, stun_client
 from .client import Client, DialError, Options, dial_node
 from .derpmap import DERPMap, DERPNode, DERPRegion, MapError
 from .files import FileError, load_mesh_keys, read_file
-from .wire import stun
 from .wire.client import ReceivedPacket
-from .wire.errors import ProtocolError
 from .wire.keys import MeshKey, NodePrivate
 
 __all__ = ["NodeReport", "RegionReport", "main", "probe_map"]
 
-_STUN_SECONDS: Final = 1.0
-_STUN_TRIES: Final = 3  # UDP loses packets
 _MESH_SECONDS: Final = 5.0
 _MESH_ASK_SECONDS: Final = 0.1
 _FETCH_SECONDS: Final = 10.0
@@ -215,7 +210,7 @@ async def _probe_node(node: DERPNode, mesh_key: MeshKey | None) -> tuple[NodeRep
     if node.stun_port >= 0:
         try:
             report.stun = await _probe_stun(node)
-        except (OSError, ProtocolError) as error:
+        except OSError as error:
             report.errors.append(f"STUN: {error or 'no answer'}")
     return report, client
 
@@ -224,37 +219,9 @@ def _stamp(report: NodeReport, start: float) -> None:
     report.tcp = time.perf_counter() - start
 
 
-class _Asker(asyncio.DatagramProtocol):
-    def __init__(self) -> None:
-        self.answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-
-    def datagram_received(self, data: bytes, addr: Any) -> None:
-        if not self.answer.done():
-            self.answer.set_result(data)
-
-    def error_received(self, exc: Exception) -> None:
-        if not self.answer.done():
-            self.answer.set_exception(exc)
-
-
 async def _probe_stun(node: DERPNode) -> float:
     host = next((address for address in (node.ipv4, node.ipv6) if address not in ("", "none")), node.host_name)
-    loop = asyncio.get_running_loop()
-    for _ in range(_STUN_TRIES):
-        transport, asker = await loop.create_datagram_endpoint(_Asker, remote_addr=(host, node.stun_port or 3478))
-        tx_id = secrets.token_bytes(stun.TX_ID_LEN)
-        start = time.perf_counter()
-        try:
-            transport.sendto(stun.request(tx_id))
-            async with asyncio.timeout(_STUN_SECONDS):
-                answered, _ = stun.parse_response(await asker.answer)
-            if answered == tx_id:
-                return time.perf_counter() - start
-        except TimeoutError:
-            continue
-        finally:
-            transport.close()
-    raise OSError(f"no answer from {host} port {node.stun_port or 3478} to {_STUN_TRIES} requests")
+    return (await stun_client.ask(host, node.stun_port or 3478)).seconds
 
 
 async def _cross(sender: Client, receiver: Client) -> float | str:

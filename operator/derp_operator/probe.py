@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,13 +16,12 @@ from typing import Any, Final
 import aiohttp
 from cryptography import x509
 
-from derper import certs
-from derper.wire import stun
-from derper.wire.errors import ProtocolError
+from derper import certs, stun_client
 
 from . import names
 
 TIMEOUT: Final = 2.0
+_STUN_TRIES: Final = 2
 _MAX_STATUS: Final = 1 << 20
 
 
@@ -99,43 +97,13 @@ def certificate_fault(target: Target, leaf: bytes) -> str | None:
 
 
 async def _stun_fault(target: Target) -> str | None:
-    loop = asyncio.get_running_loop()
-    transaction = os.urandom(12)
-    answered: asyncio.Future[None] = loop.create_future()
-    silent = f"STUN on port {names.STUN_PORT} does not answer"
     try:
-        transport, _ = await loop.create_datagram_endpoint(
-            lambda: _Stun(transaction, answered), remote_addr=(target.ip, names.STUN_PORT)
-        )
+        await stun_client.ask(target.ip, names.STUN_PORT, tries=_STUN_TRIES, patience=TIMEOUT / _STUN_TRIES)
+    except (TimeoutError, ConnectionRefusedError):
+        return f"STUN on port {names.STUN_PORT} does not answer"
     except OSError as error:
         return f"STUN on port {names.STUN_PORT} fails ({_short(error)})"
-    try:
-        for _ in range(2):  # UDP may lose one
-            transport.sendto(stun.request(transaction))
-            done, _ = await asyncio.wait([answered], timeout=TIMEOUT / 2)
-            if done:
-                return None if answered.exception() is None else silent
-    finally:
-        transport.close()
-        answered.cancel()
-    return silent
-
-
-class _Stun(asyncio.DatagramProtocol):
-    def __init__(self, transaction: bytes, answered: asyncio.Future[None]) -> None:
-        self._transaction, self._answered = transaction, answered
-
-    def datagram_received(self, data: bytes, address: object) -> None:
-        try:
-            transaction, _ = stun.parse_response(data)
-        except ProtocolError:
-            return
-        if transaction == self._transaction and not self._answered.done():
-            self._answered.set_result(None)
-
-    def error_received(self, error: Exception) -> None:
-        if not self._answered.done():
-            self._answered.set_exception(error)
+    return None
 
 
 async def _report(target: Target) -> tuple[str | None, dict[str, Any]]:
