@@ -17,8 +17,10 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from ipaddress import ip_address
 from typing import Any, Final
 
+from aiohappyeyeballs import AddrInfoType, start_connection
 from cryptography import x509
 
 from . import certs
@@ -32,9 +34,10 @@ from .wire.keys import MeshKey, NodePrivate, NodePublic
 
 __all__ = ["Client", "DialError", "Endpoint", "dial_endpoint", "dial_node", "dial_region", "endpoint_of"]
 
-DIAL_SECONDS: Final = 1.5  # per node (derphttp, dialNodeTimeout)
+DIAL_SECONDS: Final = 1.5  # for DNS and TCP (derphttp, dialNodeTimeout)
 CONNECT_SECONDS: Final = 10.0  # DNS, TCP, TLS, HTTP and DERP together
 _HEAD_BYTES: Final = 8 << 10
+_NEXT_ADDRESS: Final = 0.25  # seconds; when to try the next one as well (RFC 8305, section 5)
 
 
 class DialError(Exception):
@@ -49,7 +52,7 @@ class DialError(Exception):
 class Endpoint:
     """Where to dial and whom to expect there."""
 
-    addresses: tuple[str, ...]  #: IP addresses or DNS names, in order
+    addresses: tuple[str, ...]  #: IP addresses or DNS names; names are asked for when no IP address answers
     port: int
     host_name: str  #: sent as SNI unless it is an IP address, and as HTTP host
     cert_name: str = ""  #: ``sha256-raw:<hex>``, or a name that the certificate must carry, or empty: `host_name`
@@ -73,6 +76,8 @@ class Options:
     server_key: NodePublic | None = None  #: refuse any other server
     fast_start: bool = True
     connected: Callable[[], None] | None = None  #: called when TCP is up
+    prepare: Callable[[socket.socket], None] | None = None  #: sets options of the connected socket
+    dial_seconds: float = DIAL_SECONDS  #: for DNS and TCP
 
 
 class Client:
@@ -90,7 +95,7 @@ class Client:
 
     @property
     def writable(self) -> bool:
-        """False while the socket is full: what is sent now is only kept in memory."""
+        """False while the socket is full or closed: what is sent now is only kept in memory, or lost."""
         return not self._protocol.paused
 
     @property
@@ -142,6 +147,10 @@ class Client:
                 return
             yield event
 
+    def abort(self) -> None:
+        """Close now; who waits in `receive` gets a ConnectionError."""
+        self._transport.abort()
+
     async def close(self) -> None:
         """Close and wait until it is closed."""
         self._transport.abort()
@@ -173,14 +182,14 @@ async def dial_region(region: DERPRegion, private_key: NodePrivate, options: Opt
     if not candidates:
         raise DialError("tcp", f"region {region.region_id} has no nodes that relay")
     first_error: DialError | None = None
+    chosen = options or Options()
     for node in candidates:
         try:
-            connection = await _dial_tcp(endpoint_of(node))
+            connection = await _dial_tcp(endpoint_of(node), chosen)
         except DialError as error:
             first_error = first_error or error
             continue
         ideal = "" if node is candidates[0] else candidates[0].name
-        chosen = options or Options()
         return await _upgrade(connection, endpoint_of(node), private_key, chosen, ideal)
     assert first_error is not None
     raise first_error
@@ -194,7 +203,7 @@ async def dial_node(node: DERPNode, private_key: NodePrivate, options: Options |
 async def dial_endpoint(endpoint: Endpoint, private_key: NodePrivate, options: Options | None = None) -> Client:
     """Connect to a server that is not in a map, as the mesh does.  Raises `DialError`."""
     chosen = options or Options()
-    return await _upgrade(await _dial_tcp(endpoint), endpoint, private_key, chosen, chosen.ideal_node)
+    return await _upgrade(await _dial_tcp(endpoint, chosen), endpoint, private_key, chosen, chosen.ideal_node)
 
 
 # -- TCP and TLS -----------------------------------------------------------------------------------------
@@ -204,21 +213,54 @@ class _Idle(asyncio.Protocol):
     """Stands in until TLS is up."""
 
 
-async def _dial_tcp(endpoint: Endpoint) -> asyncio.Transport:
-    loop = asyncio.get_running_loop()
+async def _dial_tcp(endpoint: Endpoint, options: Options) -> asyncio.Transport:
+    """Connect to the first address that answers, and of those the first in order."""
+    literals = [address for address in endpoint.addresses if _is_ip(address)]
+    names = [address for address in endpoint.addresses if not _is_ip(address)]
     problem: Exception | None = None
-    for address in endpoint.addresses:
+    for addresses in (literals, names):
         try:
-            async with asyncio.timeout(DIAL_SECONDS):
-                transport, _ = await loop.create_connection(_Idle, address, endpoint.port)
-            return transport
+            if addresses:
+                async with asyncio.timeout(options.dial_seconds):
+                    return await _race(addresses, endpoint.port, options)
         except TimeoutError:
-            problem = problem or TimeoutError(f"no answer within {DIAL_SECONDS} s")
+            problem = problem or TimeoutError(f"no answer within {options.dial_seconds:g} s")
         except OSError as error:
             problem = problem or error
+    raise DialError("tcp", f"cannot reach {endpoint}: {_reason(problem)}")
+
+
+async def _race(addresses: Sequence[str], port: int, options: Options) -> asyncio.Transport:
+    """Connect to whichever address is faster; families alternate, each a little later (RFC 8305)."""
+    loop = asyncio.get_running_loop()
+    found: list[AddrInfoType] = []
+    problem: OSError | None = None
+    for address in addresses:
+        try:
+            found += await loop.getaddrinfo(address, port, type=socket.SOCK_STREAM)
         except UnicodeError:  # Python encodes names itself
             problem = problem or OSError(f"{address!r} is not a host name")
-    raise DialError("tcp", f"cannot reach {endpoint}: {_reason(problem)}")
+        except OSError as error:
+            problem = problem or error
+    if not found:
+        raise problem or OSError("it has no address")
+    sock = await start_connection(found, happy_eyeballs_delay=_NEXT_ADDRESS)
+    try:
+        if options.prepare is not None:
+            options.prepare(sock)
+        transport, _ = await loop.create_connection(_Idle, sock=sock)
+    except BaseException:
+        sock.close()
+        raise
+    return transport
+
+
+def _is_ip(address: str) -> bool:
+    try:
+        ip_address(address)
+    except ValueError:
+        return False
+    return True
 
 
 def client_context(endpoint: Endpoint) -> ssl.SSLContext:
@@ -389,6 +431,7 @@ class _Protocol(asyncio.Protocol):
     # -- asyncio.Protocol
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.paused = True
         if self.closed_because is None:
             self.closed_because = _reason(exc) if exc else "the server closed the connection"
         if not self._closed.done():

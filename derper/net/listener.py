@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 import ssl
 from collections.abc import Callable
@@ -27,10 +28,11 @@ _OUT_OF_FILES_PAUSE: Final = 0.5  # seconds
 
 @dataclass(frozen=True, slots=True)
 class SocketOptions:
-    """Options of accepted sockets, in seconds (cmd/derper, -tcp-keepalive-time and -tcp-user-timeout)."""
+    """Options of TCP sockets, in seconds (cmd/derper, -tcp-keepalive-time and -tcp-user-timeout)."""
 
     keep_alive: float = 600.0
     user_timeout: float = 15.0
+    keep_alive_interval: float = 15.0  #: between probes without an answer (Go's default)
 
     def apply(self, sock: socket.socket) -> None:
         """Set them, as far as the system knows them."""
@@ -38,7 +40,8 @@ class SocketOptions:
         if self.keep_alive:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             if hasattr(socket, "TCP_KEEPIDLE"):
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, int(self.keep_alive))
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, math.ceil(self.keep_alive))
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, math.ceil(self.keep_alive_interval))
         if self.user_timeout and hasattr(socket, "TCP_USER_TIMEOUT"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self.user_timeout * 1000))
 

@@ -14,8 +14,8 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from struct import Struct
 from typing import Final
@@ -28,19 +28,30 @@ from ..wire.client import PeerGone, PeerPresent, Ping
 from ..wire.frames import HEADER_LEN, FrameType
 from ..wire.keys import KEY_LEN, NodePublic
 from .hub import Hub
+from .listener import SocketOptions
 
-__all__ = ["Mesh", "MeshLink", "Peer", "PeerStatus"]
+__all__ = ["Mesh", "MeshLink", "Peer", "PeerStatus", "Timings"]
 
 log = logging.getLogger("derper")
 
-_FIRST_RETRY: Final = 0.25  # seconds; doubled up to the last, each with jitter
-_LAST_RETRY: Final = 5.0  # mesh_client.go, retryInterval
-_SILENCE: Final = 120.0  # two missed keep-alives (derp_client.go, Recv)
 _HIGH_WATER: Final = 1 << 20
 _QUEUE_PACKETS: Final = 1024
 _KEYED: Final = HEADER_LEN + KEY_LEN
 _FORWARD_HEAD: Final = Struct(">BI32s32s")
 _FORWARD_PACKET: Final = int(FrameType.FORWARD_PACKET)
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """How patient the mesh is, in seconds."""
+
+    dial: float = 5.0  #: for DNS and TCP
+    first_retry: float = 0.25  #: doubled up to the last, each with jitter
+    last_retry: float = 5.0  #: mesh_client.go, retryInterval; a link that held for less does not make it begin anew
+    silence: float = 120.0  #: two missed keep-alives (derp_client.go, Recv)
+    stall: float = 30.0  #: that a link's socket may stay full
+    #: A peer that is gone without a word is noticed by TCP, long before its silence is.
+    sockets: SocketOptions = field(default_factory=lambda: SocketOptions(10.0, 15.0, keep_alive_interval=5.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +74,18 @@ class PeerStatus:
 
 
 class MeshLink:
-    """The way to a peer's clients.  While its socket is full, at most `_QUEUE_PACKETS` wait, the oldest goes first."""
+    """The way to a peer's clients.  While its socket is full, at most `_QUEUE_PACKETS` wait, the oldest goes first.
 
-    def __init__(self, client: Client, counters: Counters) -> None:
+    `stalled` is called when the socket stays full for `stall` seconds.  `close` it once, when the connection is gone.
+    """
+
+    def __init__(self, client: Client, counters: Counters, *, stall: float, stalled: Callable[[], None]) -> None:
         self._client = client
         self._counters = counters
         self._queue: deque[bytes] = deque()
+        self._stall = stall
+        self._stalled = stalled
+        self._timer: asyncio.TimerHandle | None = None
         client.set_high_water(_HIGH_WATER)
         client.on_writable(self._writable)
 
@@ -79,30 +96,50 @@ class MeshLink:
             parts.append(_FORWARD_HEAD.pack(_FORWARD_PACKET, len(frame) - HEADER_LEN + KEY_LEN, src, dst))
             parts.append(frame[_KEYED:])
         if self._client.writable:
+            self._counters.packets_forwarded_out += len(parts) // 2
             self._client.write(b"".join(parts))
             return
         for head, packet in zip(parts[::2], parts[1::2], strict=True):
             self._enqueue(head + packet)
 
+    def close(self) -> None:
+        """The connection is gone, and with it what waited."""
+        self._stop_timer()
+        while self._queue:
+            self._drop_oldest(DropReason.GONE_DISCONNECTED)
+
     def _enqueue(self, frame: bytes) -> None:
         if len(self._queue) >= _QUEUE_PACKETS:
-            packet = self._queue.popleft()[_KEYED + KEY_LEN :]
-            self._counters.drop(DropReason.QUEUE_HEAD, frames.is_disco(packet), len(packet))
+            self._drop_oldest(DropReason.QUEUE_HEAD)
         self._queue.append(frame)
 
+    def _drop_oldest(self, reason: DropReason) -> None:
+        packet = self._queue.popleft()[_KEYED + KEY_LEN :]
+        self._counters.drop(reason, frames.is_disco(packet), len(packet))
+
     def _writable(self, writable: bool) -> None:
-        if writable and self._queue:
+        self._stop_timer()
+        if not writable:
+            self._timer = asyncio.get_running_loop().call_later(self._stall, self._stalled)
+        elif self._queue:
             waiting = b"".join(self._queue)
+            self._counters.packets_forwarded_out += len(self._queue)
             self._queue.clear()
             self._client.write(waiting)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class Mesh:
     """Keeps a link to every peer.  `set_peers` may be called at any time, `stop` once at the end."""
 
-    def __init__(self, hub: Hub, *, rng: random.Random) -> None:
+    def __init__(self, hub: Hub, *, rng: random.Random, timings: Timings = Timings()) -> None:
         self._hub = hub
         self._rng = rng
+        self._timings = timings
         self._dialers: dict[str, _Dialer] = {}
 
     def set_peers(self, peers: Mapping[str, Peer]) -> None:
@@ -118,7 +155,7 @@ class Mesh:
                     del self._dialers[name]
         for name, peer in peers.items():
             if name not in self._dialers:
-                self._dialers[name] = _Dialer(self._hub, peer, self._rng)
+                self._dialers[name] = _Dialer(self._hub, peer, self._rng, self._timings)
 
     def seen(self, key: bytes, host: str) -> None:
         """A mesh peer with this server key connected from this address: if it cannot be reached yet, try there now."""
@@ -142,12 +179,13 @@ class Mesh:
 class _Dialer:
     """The task for one peer."""
 
-    def __init__(self, hub: Hub, peer: Peer, rng: random.Random) -> None:
+    def __init__(self, hub: Hub, peer: Peer, rng: random.Random, timings: Timings) -> None:
         self.peer = peer
         self.status = PeerStatus()
         self.is_self = False  # -mesh-with may name the relay itself
         self._hub = hub
         self._rng = rng
+        self._timings = timings
         self._wake = asyncio.Event()
         self._hint: str | None = None
         self._last_key: bytes | None = None
@@ -170,7 +208,8 @@ class _Dialer:
         self._wake.set()
 
     async def _run(self) -> None:
-        retry = _FIRST_RETRY
+        timings, clock = self._timings, self._hub.clock
+        retry = timings.first_retry
         while True:
             self._wake.clear()
             try:
@@ -178,15 +217,17 @@ class _Dialer:
             except DialError as error:
                 self._note(str(error))
             else:
-                retry = _FIRST_RETRY
                 if client.server_key == self._hub.private_key.public:
                     log.info("mesh: %s is this relay itself; not meshing with it", self.peer.name)
                     self.is_self = True
                     await client.close()
                     return
+                since = clock()
                 await self._serve(client)
+                if clock() - since >= timings.last_retry:
+                    retry = timings.first_retry
             await self._pause(retry * (0.5 + self._rng.random()))
-            retry = min(retry * 2, _LAST_RETRY)
+            retry = min(retry * 2, timings.last_retry)
 
     async def _dial(self) -> Client:
         endpoint = self.peer.endpoint
@@ -203,7 +244,13 @@ class _Dialer:
         keys = self._hub.mesh_keys
         if keys is None:
             raise DialError("derp", "there is no mesh key yet")
-        options = Options(mesh_key=keys.current, watch=True, server_key=self.peer.server_key)
+        options = Options(
+            mesh_key=keys.current,
+            watch=True,
+            server_key=self.peer.server_key,
+            prepare=self._timings.sockets.apply,
+            dial_seconds=self._timings.dial,
+        )
         return await dial_endpoint(endpoint, self._hub.private_key, options)
 
     async def _pause(self, seconds: float) -> None:
@@ -214,25 +261,32 @@ class _Dialer:
             pass
 
     async def _serve(self, client: Client) -> None:
-        """Follow the peer's clients until the link breaks."""
-        link = MeshLink(client, self._hub.counters)
+        """Follow the peer's clients until the link breaks.
+
+        A peer that accepts the mesh key names its clients at once, us among them; only then are we connected.
+        """
+        timings = self._timings
+        link = MeshLink(client, self._hub.counters, stall=timings.stall, stalled=client.abort)
         self._last_key = client.server_key
         present: set[bytes] = set()
-        self.status = PeerStatus(connected=True, since=datetime.now(UTC))
-        log.info("mesh: connected to %s (%s)", self.peer.name, client.server_key.short())
         try:
             while True:
-                async with asyncio.timeout(_SILENCE):
+                async with asyncio.timeout(timings.silence):
                     event = await client.receive()
+                if not self.status.connected:
+                    self.status = PeerStatus(connected=True, since=datetime.now(UTC))
+                    log.info("mesh: connected to %s (%s)", self.peer.name, client.server_key.short())
                 self._follow(event, client, link, present)
                 self.status.clients = len(present)
         except TimeoutError:
-            self._note(f"nothing heard for {_SILENCE:.0f} s")
+            self._note(f"nothing heard for {timings.silence:.0f} s")
         except ConnectionError as error:
-            self._note(str(error))
+            refused = "" if self.status.connected else " when asked for its clients; is its mesh key the same?"
+            self._note(f"{error}{refused}")
         finally:
             for key in present:
                 self._hub.router.remove_forwarder(key, link)
+            link.close()
             self.status = PeerStatus(error=self.status.error)
             await client.close()
 

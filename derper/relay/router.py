@@ -30,7 +30,10 @@ class Forwarder(Protocol):
     """A mesh peer through which packets can leave."""
 
     def forward(self, src: bytes, dst: bytes, chunk: bytes, now: float) -> None:
-        """Send the packets of a run of RECV_PACKET frames from `src` onwards to `dst`."""
+        """Send the packets of a run of RECV_PACKET frames from `src` onwards to `dst`.
+
+        It counts each as forwarded when it leaves, or as dropped.
+        """
 
 
 class _Duplicates:

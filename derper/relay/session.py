@@ -212,7 +212,6 @@ class Session:
             return
         leads = router.forwarders.get(dst)
         if leads is not None:
-            self.counters.packets_forwarded_out += count
             leads[0].forward(self.key, dst, chunk, now)
             return
         for packet in packets_of(chunk):

@@ -6,7 +6,7 @@ from ipaddress import ip_address
 
 from derper.relay.counters import Counters
 from derper.relay.router import Router
-from derper.relay.session import Remote, Session
+from derper.relay.session import Remote, Session, frames_of
 from derper.wire.client import Event, parse_event
 from derper.wire.frames import HEADER, HEADER_LEN
 from derper.wire.handshake import ClientInfo
@@ -79,11 +79,13 @@ class BenchClient:
 class BenchLink:
     """A mesh peer to forward to."""
 
-    def __init__(self) -> None:
+    def __init__(self, counters: Counters | None = None) -> None:
+        self.counters = counters or Counters()
         self.forwarded: list[tuple[bytes, bytes, bytes]] = []
 
     def forward(self, src: bytes, dst: bytes, chunk: bytes, now: float) -> None:
         self.forwarded.append((src, dst, chunk))
+        self.counters.packets_forwarded_out += len(frames_of(chunk))
 
 
 class Bench:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -238,6 +239,40 @@ async def test_the_second_address_of_a_node(node: LoopbackRelay) -> None:
     alice = await dial_endpoint(endpoint, ALICE)
     assert alice.remote_host == "127.0.0.1"
     await alice.close()
+
+
+async def test_an_address_that_does_not_answer_holds_up_no_other(node: LoopbackRelay) -> None:
+    """A queue of connections that is full: the system drops what comes then."""
+    with socket.socket() as deaf, socket.socket() as first, socket.socket() as second:
+        deaf.bind(("127.0.0.2", node.listener.port))
+        deaf.listen(0)
+        for caller in (first, second):
+            caller.setblocking(False)
+            caller.connect_ex(deaf.getsockname())
+        endpoint = replace(node.endpoint, addresses=("127.0.0.2", "127.0.0.1"))
+        alice = await dial_endpoint(endpoint, ALICE, Options(dial_seconds=PATIENCE))
+        assert alice.remote_host == "127.0.0.1"
+        await alice.close()
+        with pytest.raises(DialError, match=r": no answer within 0\.1 s$"):
+            await dial_endpoint(replace(endpoint, addresses=("127.0.0.2",)), ALICE, Options(dial_seconds=0.1))
+
+
+async def test_a_name_is_asked_for_when_no_address_answers(node: LoopbackRelay) -> None:
+    alice = await dial_endpoint(replace(node.endpoint, addresses=("localhost", "127.0.0.2")), ALICE)
+    assert alice.remote_host == "127.0.0.1"
+    await alice.close()
+    nowhere = replace(node.endpoint, addresses=("127.0.0.2", "a..b"))
+    with pytest.raises(DialError, match=r": connection refused$"):
+        await dial_endpoint(nowhere, ALICE)
+
+
+async def test_options_of_the_socket(node: LoopbackRelay) -> None:
+    def refuse(sock: socket.socket) -> None:
+        assert sock.getpeername() == ("127.0.0.1", node.listener.port)
+        raise OSError(errno.EINVAL, "no")
+
+    with pytest.raises(DialError, match=r": invalid argument$"):
+        await node.dial(ALICE, Options(prepare=refuse))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -15,7 +16,8 @@ from derper import certs
 from derper.client import Client
 from derper.net import mesh as mesh_module
 from derper.net.hub import MeshKeys
-from derper.net.mesh import Mesh, MeshLink, Peer
+from derper.net.listener import SocketOptions
+from derper.net.mesh import Mesh, MeshLink, Peer, Timings
 from derper.relay.counters import Counters, DropReason
 from derper.wire import frames
 from derper.wire.client import PeerGone, ReceivedPacket
@@ -32,12 +34,12 @@ ALICE, BOB, CAROL = private(1), private(2), private(3)
 class Node:
     """A relay and its mesh."""
 
-    def __init__(self, name: str, running: LoopbackRelay) -> None:
+    def __init__(self, name: str, running: LoopbackRelay, timings: Timings) -> None:
         self.name = name
         self.relay = running
         self.hub = running.hub
         self.hub.mesh_keys = MeshKeys(MESH_KEY, (MESH_KEY,))
-        self.mesh = Mesh(self.hub, rng=random.Random(1))
+        self.mesh = Mesh(self.hub, rng=random.Random(1), timings=timings)
         self.hub.mesh_peer_seen = self.mesh.seen
 
     @property
@@ -58,16 +60,24 @@ class Node:
         return self.mesh.status()[other.name].error
 
 
+QUICK = Timings(first_retry=0.01, last_retry=0.05)
+ONCE = Timings(first_retry=1000.0)
+
+
 @pytest.fixture
-async def nodes(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[Node]]:
+def timings() -> Timings:
+    """A test that wants others parametrizes it."""
+    return QUICK
+
+
+@pytest.fixture
+async def nodes(timings: Timings) -> AsyncIterator[list[Node]]:
     """Not meshed yet."""
-    monkeypatch.setattr(mesh_module, "_FIRST_RETRY", 0.01)
-    monkeypatch.setattr(mesh_module, "_LAST_RETRY", 0.05)
     async with AsyncExitStack() as stack:
         made = []
         for number in range(3):
             running = await stack.enter_async_context(relay(0xF0 + number, tls=True))
-            made.append(Node(f"n{number}", running))
+            made.append(Node(f"n{number}", running, timings))
             stack.push_async_callback(made[-1].mesh.stop)
         yield made
         for node in made:
@@ -182,6 +192,8 @@ async def test_a_wrong_mesh_key_makes_no_mesh(nodes: list[Node]) -> None:
     first.meet(second)
     await until(lambda: second.hub.counters.protocol_errors >= 2)  # WATCH_CONNS of an ordinary client
     assert not second.hub.router.watchers
+    await until(lambda: "when asked for its clients; is its mesh key the same?" in str(first.error(second)))
+    assert not first.linked(second)
     second.hub.mesh_keys = MeshKeys(OTHER_KEY, (OTHER_KEY, MESH_KEY))
     await until(lambda: bool(second.hub.router.watchers))
 
@@ -225,11 +237,9 @@ async def test_a_peer_that_is_lost_is_dialed_again(nodes: list[Node]) -> None:
     await bob.close()
 
 
-async def test_a_peer_that_dials_us_is_dialed_at_its_address(
-    nodes: list[Node], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("timings", [ONCE])
+async def test_a_peer_that_dials_us_is_dialed_at_its_address(nodes: list[Node]) -> None:
     """Where it comes from, it can be found: at once, whatever the retry."""
-    monkeypatch.setattr(mesh_module, "_FIRST_RETRY", 1000.0)
     first, second, _ = nodes
     lost = replace(second.peer, endpoint=replace(second.relay.endpoint, addresses=("127.0.0.2",)))
     first.mesh.set_peers({"n1": lost})
@@ -238,8 +248,8 @@ async def test_a_peer_that_dials_us_is_dialed_at_its_address(
     await until(lambda: first.linked(second))
 
 
-async def test_new_data_are_tried_at_once(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mesh_module, "_FIRST_RETRY", 1000.0)
+@pytest.mark.parametrize("timings", [ONCE])
+async def test_new_data_are_tried_at_once(nodes: list[Node]) -> None:
     first, second, _ = nodes
     lost = replace(second.peer, endpoint=replace(second.relay.endpoint, addresses=("127.0.0.2",)))
     first.mesh.set_peers({"n1": lost})
@@ -267,9 +277,8 @@ async def test_a_relay_that_meets_itself(nodes: list[Node]) -> None:
     await until(lambda: not first.hub.links)
 
 
-async def test_a_peer_that_falls_silent(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mesh_module, "_SILENCE", 0.05)
-    monkeypatch.setattr(mesh_module, "_FIRST_RETRY", 1000.0)
+@pytest.mark.parametrize("timings", [replace(ONCE, silence=0.05)])
+async def test_a_peer_that_falls_silent(nodes: list[Node]) -> None:
     first, second, _ = nodes
     first.meet(second)
     await until(lambda: first.error(second) == "nothing heard for 0 s")
@@ -302,6 +311,45 @@ async def test_a_relay_that_goes_takes_its_clients_out_of_the_table(nodes: list[
     await bob.close()
 
 
+@pytest.mark.parametrize("timings", [replace(QUICK, last_retry=1000.0)])
+async def test_a_link_that_never_holds_is_dialed_ever_more_slowly(nodes: list[Node]) -> None:
+    """A wrong mesh key must not make two relays dial each other four times a second."""
+    first, second, _ = nodes
+    second.hub.mesh_keys = MeshKeys(OTHER_KEY, (OTHER_KEY,))
+    pauses: list[float] = []
+    first.meet(second)
+    (dialer,) = first.mesh._dialers.values()
+
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        await asyncio.sleep(0)
+
+    dialer._pause = pause  # type: ignore[method-assign]
+    await until(lambda: len(pauses) >= 5)
+    assert all(5 <= pause / 0.01 / 2**number * 10 <= 15 for number, pause in enumerate(pauses))
+
+
+async def test_the_socket_of_a_link_notices_a_dead_peer(nodes: list[Node]) -> None:
+    """Nothing need be sent: the system asks after 10 s of silence, and gives up 15 s after the last answer."""
+    first, second, _ = nodes
+    set_options: list[dict[str, int]] = []
+
+    class Noting(SocketOptions):
+        def apply(self, sock: socket.socket) -> None:
+            super().apply(sock)
+            tcp = {name: getattr(socket, f"TCP_{name}") for name in ("KEEPIDLE", "KEEPINTVL", "USER_TIMEOUT")}
+            set_options.append({name: sock.getsockopt(socket.IPPROTO_TCP, number) for name, number in tcp.items()})
+            set_options[-1]["KEEPALIVE"] = sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+    usual = Timings().sockets
+    first.mesh._timings = replace(
+        QUICK, sockets=Noting(usual.keep_alive, usual.user_timeout, usual.keep_alive_interval)
+    )
+    first.meet(second)
+    await until(lambda: first.linked(second))
+    assert set_options == [{"KEEPIDLE": 10, "KEEPINTVL": 5, "USER_TIMEOUT": 15000, "KEEPALIVE": 1}]
+
+
 # -- a link that is full
 
 
@@ -322,28 +370,108 @@ class FakeClient:
     def set_high_water(self, size: int) -> None:
         assert size == 1 << 20
 
+    def fill(self, full: bool) -> None:
+        self.writable = not full
+        self.changed(not full)
+
+
+class FullLink:
+    """A link on such a client, and what it counts."""
+
+    def __init__(self, stall: float = 1000.0) -> None:
+        self.client = FakeClient()
+        self.counters = Counters()
+        self.stalled = asyncio.Event()
+        self.link = MeshLink(
+            self.client,  # type: ignore[arg-type]
+            self.counters,
+            stall=stall,
+            stalled=self.stalled.set,
+        )
+
+    def forward(self, *packets: bytes) -> None:
+        self.link.forward(key(1), key(2), b"".join(frames.recv_packet(key(1), packet) for packet in packets), 0.0)
+
+    def dropped(self, reason: DropReason) -> tuple[int, int]:
+        return self.counters.packets_dropped[reason, False], self.counters.bytes_dropped[reason, False]
+
+
+PACKETS = [bytes([number]) * number for number in range(6)]
+FORWARDED = [frames.forward_packet(key(1), key(2), packet) for packet in PACKETS]
+
 
 async def test_a_full_link_keeps_the_newest_packets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each packet is counted once: when it leaves, or when it is dropped."""
     monkeypatch.setattr(mesh_module, "_QUEUE_PACKETS", 3)
-    fake, counters = FakeClient(), Counters()
-    link = MeshLink(fake, counters)  # type: ignore[arg-type]
-    packets = [bytes([number]) * number for number in range(6)]
-    run = b"".join(frames.recv_packet(key(1), packet) for packet in packets)
-    forwarded = [frames.forward_packet(key(1), key(2), packet) for packet in packets]
-    link.forward(key(1), key(2), run, 0.0)
-    assert fake.written == [b"".join(forwarded)]
-    fake.written.clear()
-    fake.writable = False
-    link.forward(key(1), key(2), run, 0.0)
-    assert fake.written == []
-    assert counters.packets_dropped[DropReason.QUEUE_HEAD, False] == 3
-    assert counters.bytes_dropped[DropReason.QUEUE_HEAD, False] == 0 + 1 + 2
-    fake.writable = True
-    fake.changed(True)
-    assert fake.written == [b"".join(forwarded[3:])]
-    fake.changed(False)
-    fake.changed(True)
-    assert len(fake.written) == 1
+    full = FullLink()
+    full.forward(*PACKETS)
+    assert full.client.written == [b"".join(FORWARDED)]
+    full.client.written.clear()
+    full.client.fill(True)
+    full.forward(*PACKETS)
+    assert full.client.written == []
+    assert full.dropped(DropReason.QUEUE_HEAD) == (3, 0 + 1 + 2)
+    assert full.counters.packets_forwarded_out == 6
+    full.client.fill(False)
+    assert full.client.written == [b"".join(FORWARDED[3:])]
+    assert full.counters.packets_forwarded_out == 6 + 3
+    full.client.fill(True)
+    full.client.fill(False)
+    assert len(full.client.written) == 1
+    full.link.close()
+    assert sum(full.counters.packets_dropped.values()) == 3
+
+
+async def test_what_waits_for_a_link_that_breaks_is_counted() -> None:
+    full = FullLink()
+    full.client.fill(True)
+    full.forward(*PACKETS)
+    full.link.close()
+    assert full.dropped(DropReason.GONE_DISCONNECTED) == (6, 0 + 1 + 2 + 3 + 4 + 5)
+    assert full.counters.packets_forwarded_out == 0
+
+
+async def test_a_link_that_stays_full_is_given_up() -> None:
+    full = FullLink(stall=0.01)
+    full.client.fill(True)
+    async with asyncio.timeout(PATIENCE):
+        await full.stalled.wait()
+
+
+async def test_a_link_that_has_room_again_is_not_given_up() -> None:
+    full = FullLink()
+    full.client.fill(True)
+    timer = full.link._timer
+    assert timer is not None
+    full.client.fill(False)
+    assert timer.cancelled()
+    full.client.fill(True)
+    timer = full.link._timer
+    full.link.close()
+    assert timer is not None
+    assert timer.cancelled()
+
+
+async def test_a_peer_that_does_not_read_is_given_up(nodes: list[Node]) -> None:
+    """Its clients are gone for ours, who are told; what waited is counted."""
+    first, second, _ = nodes
+    first.mesh._timings = replace(ONCE, stall=0.2)
+    first.meet(second)
+    await until(lambda: first.linked(second))
+    alice, bob = await dial(first, ALICE), await dial(second, BOB)
+    await until(lambda: first.knows(BOB.public))
+    (link,) = [link for link in second.hub.links if link.session is not None and link.session.can_mesh]
+    link._transport.pause_reading()
+    while first.knows(BOB.public):
+        alice.send(BOB.public, bytes(64 << 10))
+        await asyncio.sleep(0)
+    assert "closed" in str(first.error(second))
+    counters = first.hub.counters
+    await alice.close()
+    await until(lambda: not first.hub.links)
+    assert counters.packets_dropped[DropReason.GONE_DISCONNECTED, False] > 0
+    assert counters.packets_received == counters.packets_forwarded_out + sum(counters.packets_dropped.values())
+    await bob.close()
 
 
 async def test_stopping_in_the_middle_of_a_dial(nodes: list[Node]) -> None:

@@ -78,7 +78,7 @@ class RouterMachine(RuleBasedStateMachine):
     def start(self) -> None:
         self.bench = Bench()
         self.model = Model()
-        self.links = [BenchLink(), BenchLink()]
+        self.links = [BenchLink(self.bench.counters) for _ in range(2)]
         self.live: dict[int, BenchClient] = {}  # by id()
         self.views: dict[int, set[int]] = {}  # what each watcher was told
         self.packets: Iterator[int] = iter(range(1 << 30))

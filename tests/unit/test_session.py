@@ -251,7 +251,7 @@ def test_forwarded_packets_are_never_forwarded_again(bench: Bench) -> None:
 
 
 def test_packets_leave_through_the_mesh(bench: Bench) -> None:
-    alice, link = bench.client(1), BenchLink()
+    alice, link = bench.client(1), BenchLink(bench.counters)
     bench.router.add_forwarder(B, link)
     alice.feed(frames.send_packet(B, b"x" * 40) + frames.send_packet(B, b"y" * 50) + frames.send_packet(B, b"z"))
     assert [(src, dst, packets_of(chunk)) for src, dst, chunk in link.forwarded] == [
