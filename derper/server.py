@@ -16,16 +16,16 @@ import logging
 import math
 import random
 from collections.abc import Callable
-from datetime import datetime
+from pathlib import Path
 from typing import Any, Final
 
 from aiohttp import web
 
-from . import __version__, metrics
 from .certs import CertificateError, CertificatePair, ip_address_of, pin
 from .config import Config
 from .derpmap import DERPNode
 from .files import FileError
+from .health import Health, default_socket
 from .net.admission import Admission
 from .net.doorman import Doorman, Reception
 from .net.http import connections, public_app, redirect_app
@@ -67,11 +67,13 @@ class Relay:
         self.stun: STUNServer | None = None
         self.listener: Listener | None = None
         self.draining = False
+        self.started_at = utc_now()
         self._rng = rng
         self._admission = Admission(self.state.policy())
         self._http_listener: Listener | None = None
         self._served_pairs: tuple[CertificatePair, ...] = ()
         self._runners: list[web.AppRunner] = []
+        self._health: Health | None = None
         self._public: Callable[[], asyncio.Protocol] | None = None
         self._poll_task: asyncio.Task[None] | None = None
         self._options = SocketOptions(config.tcp_keep_alive, config.tcp_user_timeout)
@@ -82,8 +84,7 @@ class Relay:
         """Read the files, listen, dial the mesh.  Raises `StartError`."""
         try:
             self.state.load_all()
-            if self.config.metrics_port:
-                await self._serve_metrics()
+            await self._serve_health()
             await self._open()
         except (FileError, CertificateError) as error:
             await self.close()
@@ -128,6 +129,9 @@ class Relay:
         for runner in self._runners:
             await runner.cleanup()
         self._runners.clear()
+        if self._health is not None:
+            await self._health.close()
+            self._health = None
 
     async def _close_clients(self, hub: Hub) -> None:
         clients = [link for link in hub.links if link.session is None or not link.session.can_mesh]
@@ -207,6 +211,28 @@ class Relay:
         except OSError as error:
             raise StartError(_cannot_listen("TCP", host, port, error, flag)) from None
 
+    async def _serve_health(self) -> None:
+        config, self._health = self.config, Health(self)
+        await self._health.open()
+        if config.metrics_port:
+            try:
+                await self._health.listen(config.metrics_host, config.metrics_port)
+            except OSError as error:
+                where = _cannot_listen("TCP", config.metrics_host, config.metrics_port, error, "-metrics-addr")
+                raise StartError(where) from None
+        path = Path(config.status_socket) if config.status_socket else default_socket()
+        if path is not None:
+            await self._serve_status(self._health, path)
+
+    async def _serve_status(self, health: Health, path: Path) -> None:
+        try:
+            await health.listen_unix(path)
+        except OSError as error:
+            text = f"cannot listen on {path}: {_why(error)}; choose another with -status-socket"
+            if self.config.status_socket:
+                raise StartError(text) from None
+            log.warning("%s", text)  # nobody has asked for it: a second relay on this machine, perhaps
+
     def _context(self) -> Any:
         return self.tls.context if self.tls is not None else None
 
@@ -273,86 +299,11 @@ class Relay:
         """Whether a client that comes now is served; STUN is silent otherwise."""
         return not self.reasons()
 
-    def status(self) -> dict[str, Any]:
-        """The relay's state as JSON, see docs/operations.md."""
-        reasons = self.reasons()
-        return {
-            "node": self.config.node,
-            "ready": not reasons,
-            "reasons": reasons,
-            "problems": self.state.problems,
-            "draining": self.draining,
-            "serverKey": str(self.hub.private_key.public) if self.hub else None,
-            "certificates": self._certificate_status(),
-            "mesh": self._mesh_status(),
-            "clients": self._clients(),
-            "settings": self.state.settings.digest if self.state.settings else None,
-            "version": __version__,
-        }
-
-    def _clients(self) -> int:
-        sessions = self.hub.router.active.values() if self.hub is not None else ()
-        return sum(not session.can_mesh for session in sessions)
-
-    def _certificate_status(self) -> list[dict[str, Any]]:
-        served = self.tls.certificates if self.tls is not None else ()
-        return [
-            {
-                "names": list(certificate.names),
-                "certName": certificate.pin,
-                "notAfter": _timestamp(certificate.not_after),
-                "default": certificate is served[0],
-            }
-            for certificate in served
-        ]
-
-    def _mesh_status(self) -> dict[str, Any]:
-        links = self.mesh.status() if self.mesh is not None else {}
-        return {
-            name: {
-                "connected": link.connected,
-                "since": _timestamp(link.since) if link.since else None,
-                "clients": link.clients,
-                "error": link.error,
-            }
-            for name, link in sorted(links.items())
-        }
-
-    # -- the metrics port --------------------------------------------------------------------------------------
-
-    async def _serve_metrics(self) -> None:
-        app = web.Application()
-        app.router.add_get("/healthz", self._healthz)
-        app.router.add_get("/readyz", self._readyz)
-        app.router.add_get("/metrics", self._metrics)
-        app.router.add_get("/status", self._status)
-        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=_HTTP_SHUTDOWN)
-        await runner.setup()
-        self._runners.append(runner)
-        host, port = self.config.metrics_host, self.config.metrics_port
-        try:
-            await web.TCPSite(runner, host or None, port).start()
-        except OSError as error:
-            raise StartError(_cannot_listen("TCP", host, port, error, "-metrics-addr")) from None
-
-    async def _healthz(self, _request: web.Request) -> web.Response:
-        return web.Response(text="ok\n")
-
-    async def _readyz(self, _request: web.Request) -> web.Response:
-        reasons = self.reasons()
-        return web.Response(status=503 if reasons else 200, text="\n".join(reasons or ["ok"]) + "\n")
-
-    async def _metrics(self, _request: web.Request) -> web.Response:
-        return web.Response(text=metrics.render(metrics.collect(self)), content_type="text/plain")
-
-    async def _status(self, _request: web.Request) -> web.Response:
-        return web.json_response(self.status())
-
 
 def _cannot_listen(kind: str, host: str, port: int, error: OSError, flag: str) -> str:
-    why = (error.strerror or str(error)).lower()
-    return f"cannot listen on {kind} {host or '*'}:{port}: {why}; stop what uses it or choose another with {flag}"
+    where = f"{kind} {host or '*'}:{port}"
+    return f"cannot listen on {where}: {_why(error)}; stop what uses it or choose another with {flag}"
 
 
-def _timestamp(moment: datetime) -> str:
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+def _why(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()

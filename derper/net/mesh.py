@@ -71,6 +71,12 @@ class PeerStatus:
     since: datetime | None = None
     error: str | None = None
     clients: int = 0
+    link: MeshLink | None = None
+
+    @property
+    def queued(self) -> int:
+        """Packets that wait for the peer to read."""
+        return self.link.queued if self.link is not None else 0
 
 
 class MeshLink:
@@ -101,6 +107,11 @@ class MeshLink:
             return
         for head, packet in zip(parts[::2], parts[1::2], strict=True):
             self._enqueue(head + packet)
+
+    @property
+    def queued(self) -> int:
+        """Packets that wait."""
+        return len(self._queue)
 
     def close(self) -> None:
         """The connection is gone, and with it what waited."""
@@ -274,7 +285,7 @@ class _Dialer:
                 async with asyncio.timeout(timings.silence):
                     event = await client.receive()
                 if not self.status.connected:
-                    self.status = PeerStatus(connected=True, since=datetime.now(UTC))
+                    self.status = PeerStatus(connected=True, since=datetime.now(UTC), link=link)
                     log.info("mesh: connected to %s (%s)", self.peer.name, client.server_key.short())
                 self._follow(event, client, link, present)
                 self.status.clients = len(present)

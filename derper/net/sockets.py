@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
+import stat
+from pathlib import Path
 from typing import Any
 
-__all__ = ["bind"]
+__all__ = ["bind", "bind_unix"]
 
 
 def bind(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
@@ -41,3 +44,43 @@ def _bound(family: int, address: tuple[Any, ...], kind: socket.SocketKind, *, du
         sock.close()
         raise
     return sock
+
+
+def bind_unix(path: Path) -> tuple[socket.socket, int]:
+    """A bound, non-blocking Unix stream socket to which only this user may connect, and its inode.
+
+    A socket that a dead process has left there is replaced.  Raises OSError: EADDRINUSE if somebody listens on it,
+    EEXIST if it is something else than a socket.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        _remove_stale(path)
+        mask = os.umask(0o177)
+        try:
+            sock.bind(str(path))
+        finally:
+            os.umask(mask)
+        return sock, path.lstat().st_ino
+    except OSError:
+        sock.close()
+        raise
+
+
+def _remove_stale(path: Path) -> None:
+    try:
+        kind = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(kind):
+        raise FileExistsError(errno.EEXIST, "something is there that is not a socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asker:
+        asker.setblocking(False)  # BlockingIOError: its backlog is full, so somebody listens
+        try:
+            asker.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except BlockingIOError:
+            pass
+    raise OSError(errno.EADDRINUSE, "another process serves on it")

@@ -350,6 +350,11 @@ class Session:
             self._queue = deque()
         return self._queue
 
+    @property
+    def queued(self) -> int:
+        """Packets that wait for the client to read."""
+        return len(self._queue or ()) + len(self._disco_queue or ())
+
     # -- the owner's duties --------------------------------------------------------------------------
 
     def set_bucket(self, bucket: TokenBucket | None) -> None:

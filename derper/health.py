@@ -1,0 +1,136 @@
+"""What a relay says of itself over HTTP: on the metrics port, and on a Unix socket for ``derper status``.
+
+``/healthz`` is 200 while the process runs, ``/readyz`` while clients are served.  ``/metrics`` is for Prometheus,
+``/status`` for people and the operator.  ``/status?clients=1`` adds the list of clients: their addresses are for the
+machine's own users, so it is given on the socket, and on the port only to those who come over loopback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from aiohttp import web
+
+from . import metrics, status
+from .net.sockets import bind_unix
+
+if TYPE_CHECKING:
+    from .relay.session import Session
+    from .server import Relay
+
+__all__ = ["DEFAULT_SOCKET", "Health", "default_socket"]
+
+DEFAULT_SOCKET: Final = Path("/run/derper/derper.sock")  # systemd's RuntimeDirectory=derper makes the folder
+
+_SHUTDOWN_SECONDS: Final = 1.0  # no page takes long, and a client that does must not hold up the end
+_CLIENTS_AT_ONCE: Final = 500
+
+
+def default_socket() -> Path | None:
+    """Where the status socket is if nobody says: in /run/derper, for those who may write there."""
+    return DEFAULT_SOCKET if os.access(DEFAULT_SOCKET.parent, os.W_OK | os.X_OK) else None
+
+
+class Health:
+    """The pages of one relay.  Call `open` first, `close` at the end."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self._unix: asyncio.Server | None = None
+        self._socket: tuple[Path, int] | None = None  # the path that we made, and its inode
+        app = web.Application()
+        app.router.add_get("/healthz", self._healthz)
+        app.router.add_get("/readyz", self._readyz)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/status", self._status)
+        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=_SHUTDOWN_SECONDS)
+
+    async def open(self) -> None:
+        """Make ready to listen."""
+        await self._runner.setup()
+
+    async def listen(self, host: str, port: int) -> None:
+        """Serve on a TCP port.  Raises OSError."""
+        await web.TCPSite(self._runner, host or None, port).start()
+
+    async def listen_unix(self, path: Path) -> None:
+        """Serve on a Unix socket that only this user may use.  Raises OSError, EADDRINUSE where one is in use."""
+        sock, inode = bind_unix(path)
+        self._socket = (path, inode)
+        assert self._runner.server is not None
+        self._unix = await asyncio.get_running_loop().create_unix_server(self._runner.server, sock=sock)
+
+    async def close(self) -> None:
+        """Stop, and remove the socket unless somebody else has put theirs there."""
+        if self._unix is not None:
+            self._unix.close()
+        if self._socket is not None:
+            _remove(*self._socket)
+        await self._runner.cleanup()
+
+    # -- the pages -----------------------------------------------------------------------------------------
+
+    async def _healthz(self, _request: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def _readyz(self, _request: web.Request) -> web.Response:
+        reasons = self._relay.reasons()
+        return web.Response(status=503 if reasons else 200, text="\n".join(reasons or ["ok"]) + "\n")
+
+    async def _metrics(self, _request: web.Request) -> web.Response:
+        return web.Response(text=metrics.render(metrics.collect(self._relay)), content_type="text/plain")
+
+    async def _status(self, request: web.Request) -> web.StreamResponse:
+        if request.query.get("clients") != "1":
+            return web.json_response(status.collect(self._relay))
+        if not _is_local(request):
+            text = (
+                "the list of clients is only given on the relay's own machine: on the status socket, or over loopback\n"
+            )
+            return web.Response(status=403, text=text)
+        return await self._stream(request, status.sessions(self._relay))
+
+    async def _stream(self, request: web.Request, sessions: Sequence[Session]) -> web.StreamResponse:
+        """The status with the clients in pieces: ten thousand at once would hold up the packets of all of them."""
+        response = web.StreamResponse(headers={"Content-Type": "application/json; charset=utf-8"})
+        await response.prepare(request)
+        head = json.dumps(status.collect(self._relay))
+        await response.write(f'{head[:-1]}, "clientList": ['.encode())
+        clock, separator = asyncio.get_running_loop().time, ""
+        for start in range(0, len(sessions), _CLIENTS_AT_ONCE):
+            now, moment = clock(), datetime.now(UTC)
+            alive = (session for session in sessions[start : start + _CLIENTS_AT_ONCE] if not session.closed)
+            entries = [json.dumps(status.client_entry(session, now, moment)) for session in alive]
+            if entries:
+                await response.write((separator + ",\n".join(entries)).encode())
+                separator = ",\n"
+        await response.write(b"]}\n")
+        return response
+
+
+def _is_local(request: web.Request) -> bool:
+    """On the socket or over loopback, and not through a proxy that stands in for somebody else."""
+    transport = request.transport
+    peer: Any = transport.get_extra_info("socket") if transport is not None else None
+    if peer is None:
+        return False
+    if peer.family == socket.AF_UNIX:
+        return True
+    address = ip_address((request.remote or "0.0.0.0").removeprefix("::ffff:"))  # a mapped IPv4 address is IPv4
+    return address.is_loopback and "X-Forwarded-For" not in request.headers
+
+
+def _remove(path: Path, inode: int) -> None:
+    try:
+        if path.lstat().st_ino == inode:
+            path.unlink()
+    except FileNotFoundError:
+        pass
