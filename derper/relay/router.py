@@ -88,6 +88,10 @@ class Router:
     def unregister(self, session: Session) -> None:
         """`session` is closed: forget it, and tell those who care if it was the last one with its key."""
         key = session.key
+        self.watchers.discard(session)  # nothing is written to the one who left, not even of itself
+        for source in session.sources:
+            self._lose_interest(source, session)
+        session.sources.clear()
         duplicates = self._duplicates.get(key)
         if duplicates is not None:
             self._unregister_duplicate(duplicates, session)
@@ -96,10 +100,6 @@ class Router:
             if key not in self.forwarders:
                 self._gone_from_region(key)
             self._broadcast(frames.peer_gone(key, PeerGoneReason.DISCONNECTED))
-        self.watchers.discard(session)
-        for source in session.sources:
-            self._lose_interest(source, session)
-        session.sources.clear()
         self.counters.current_connections -= 1
         if session.preferred:
             self.counters.current_home_connections -= 1

@@ -319,8 +319,21 @@ def test_a_key_can_be_gone_twice(bench: Bench) -> None:
 def test_a_client_that_spoke_with_itself_leaves(bench: Bench) -> None:
     alice = bench.client(1)
     alice.feed(frames.send_packet(alice.key, b"hello"))
+    alice.writes.clear()
     bench.leave(alice)
     assert not bench.router._interested
+    assert alice.writes == [], "nothing may be written to a connection that is gone"
+    assert bench.counters.peer_gone_disconnected_frames == 0
+
+
+def test_a_watcher_that_leaves_is_not_told_of_itself(bench: Bench) -> None:
+    watcher, other = bench.client(9, mesh=True), bench.client(8, mesh=True)
+    for client in (watcher, other):
+        client.feed(frames.watch_conns())
+        client.writes.clear()
+    bench.leave(watcher)
+    assert watcher.writes == []
+    assert told_gone(other) == [watcher.key]
 
 
 def test_a_source_from_afar_is_forgotten_with_its_receiver(bench: Bench) -> None:
