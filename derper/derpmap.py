@@ -219,7 +219,11 @@ def from_yaml(text: str | bytes) -> DERPMap:
         raise MapError("The map is not a DERP map: it is nested too deeply.") from None
     except MapError:
         raise
-    except (yaml.YAMLError, ValueError, KeyError, AttributeError) as error:  # PyYAML leaks them: `!!int x`, `!!bool x`
+    except (LookupError, AttributeError):  # PyYAML leaks them: `!!bool x`, `!!int ""`, `!!timestamp x`
+        raise MapError(
+            "The map is not YAML: a value does not fit its tag (such as !!int); leave the tag out."
+        ) from None
+    except (yaml.YAMLError, ValueError) as error:
         raise MapError(f"The map is not YAML: {' '.join(str(error).split())}.") from None
     return _decode(DERPMap, raw, "", YAML)
 

@@ -262,6 +262,8 @@ def test_bytes_that_are_not_utf8() -> None:
         ("!!python/object:os.system {}", "The map is not YAML: "),
         ("!!bool x", "The map is not YAML: "),
         ("!!timestamp x", "The map is not YAML: "),
+        ('!!int ""', "The map is not YAML: a value does not fit its tag"),
+        ('!!float "-"', "The map is not YAML: "),
         ("2001-99-99", "The map is not YAML: "),
         ("[" * 100_000, "nested too deeply"),
     ],
