@@ -54,10 +54,16 @@ lint: venv ## ruff, mypy --strict, import contracts, chart and CRD
 	@echo "==> lint: the chart's CRD and docs/api.md are those of crds/"; $(RUN) dev.chart check && $(RUN) dev.apidoc check
 	@echo "==> lint: docs/parity.md is tests/interop/parity/"; $(RUN) dev.parity check
 
-test: lint test-unit test-interop test-api test-e2e ## everything
+test: lint test-unit test-fuzz test-interop test-api test-e2e ## everything
 
 test-unit: venv ## Python only, under a minute
 	@echo "==> unit tests"; $(BIN)/pytest tests/unit $(ARGS)
+
+test-fuzz: venv ## every fuzz target for a few seconds (Linux on x86-64; skipped elsewhere)
+	@echo "==> fuzz targets, five seconds each"; $(RUN) tests.fuzz run --seconds 5
+
+fuzz: venv ## parsers against hostile bytes, e.g. make fuzz ARGS="frames head --seconds 600"
+	@$(RUN) tests.fuzz run $(ARGS)
 
 test-interop: venv ## stock derper and real Tailscale clients (needs Go)
 	@echo "==> interop tests, with stock derper and real clients"; $(BIN)/pytest tests/interop $(ARGS)
@@ -71,4 +77,4 @@ test-e2e: venv ## the embedded cluster (needs Go, root and Linux)
 bench: venv ## packets per second and more, against stock derper in the same run
 	@$(RUN) bench $(ARGS)
 
-.PHONY: help venv lock demo demo-down kubeconfig region images lint test test-unit test-interop test-api test-e2e bench
+.PHONY: help venv lock demo demo-down kubeconfig region images lint test test-unit test-fuzz fuzz test-interop test-api test-e2e bench

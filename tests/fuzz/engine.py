@@ -1,0 +1,22 @@
+"""One target under atheris: `python -m tests.fuzz.engine TARGET [libFuzzer's arguments]`.  Linux and CPython only."""
+
+from __future__ import annotations
+
+import sys
+
+import atheris
+
+
+def main() -> None:
+    """Hand the process over to libFuzzer.  What the target runs must be imported here, to be instrumented."""
+    name, *arguments = sys.argv[1:]
+    with atheris.instrument_imports(include=["derper", "h11", "websockets", "yaml", "tests.fuzz.targets"]):
+        from . import targets
+
+        target = targets.load(name)
+    atheris.Setup([sys.argv[0], f"-max_len={target.longest}", *arguments], target.run)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
