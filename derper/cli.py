@@ -1,4 +1,4 @@
-"""The command line: ``derper [flags]`` runs a relay, ``derper region`` and ``derper probe`` are in their modules."""
+"""The command line: ``derper [flags]`` runs a relay; the other commands are in their modules."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
-from . import __version__, config, probe, region
+from . import __version__, config, probe, region, status_command
 from .config import Config, UsageError
 from .runtime import raise_file_limit, run, set_up_logging, stop_signals
 from .server import Relay, StartError
@@ -20,24 +21,30 @@ __all__ = ["main"]
 log = logging.getLogger("derper")
 
 _HELP = f"""Usage: derper [flags]            run a relay (the flags of Tailscale's derper)
-       derper region [options]   run a meshed region on this machine, without a cluster
+       derper status [options]   how a running relay is
        derper probe [options]    check every node of a DERP map, and every way through its mesh
+       derper region [options]   run a meshed region on this machine, without a cluster
+
+-help after a command lists its options.
 
 Flags of the relay:
 {config.usage()}
 """
 
 
+_COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = {
+    "probe": probe.main,
+    "region": region.main,
+    "status": status_command.main,
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; the exit status is 0, 1 for a failure, or 2 for a wrong command line."""
     rest = list(sys.argv[1:] if arguments is None else arguments)
-    command = rest[0] if rest else ""
+    command = _COMMANDS.get(rest[0]) if rest else None
     try:
-        if command == "probe":
-            return probe.main(rest[1:])
-        if command == "region":
-            return region.main(rest[1:])
-        return _relay(rest)
+        return _relay(rest) if command is None else command(rest[1:])
     except KeyboardInterrupt:
         return 130
 

@@ -25,6 +25,7 @@ from . import derpmap, stun_client
 from .client import Client, DialError, Options, dial_node
 from .derpmap import DERPMap, DERPNode, DERPRegion, MapError
 from .files import FileError, load_mesh_keys, read_file
+from .text import milliseconds, table
 from .wire.client import ReceivedPacket
 from .wire.keys import MeshKey, NodePrivate
 
@@ -264,7 +265,9 @@ def _as_text(report: RegionReport) -> str:
     rows = [["NODE", "ADDRESS", "TCP", "DERP", "STUN", "RESULT"]]
     for entry in report.nodes:
         result = "ok" if entry.ok else "; ".join(entry.errors)
-        rows.append([entry.node.name, _where(entry.node), *map(_ms, (entry.tcp, entry.derp, entry.stun)), result])
+        rows.append(
+            [entry.node.name, _where(entry.node), *map(milliseconds, (entry.tcp, entry.derp, entry.stun)), result]
+        )
     names = [entry.node.name for entry in report.nodes]
     mesh = [["FROM \\ TO", *names]]
     for start in names:
@@ -273,9 +276,9 @@ def _as_text(report: RegionReport) -> str:
     verdict = "All is well." if report.ok else "Something is wrong."
     parts = [
         f"Region {region.region_id} ({region.region_code})",
-        _table(rows),
+        table(rows),
         "Packets through the mesh",
-        _table(mesh),
+        table(mesh),
     ]
     return "\n\n".join([*parts, *problems, verdict])
 
@@ -293,17 +296,7 @@ def _way(report: RegionReport, start: str, end: str) -> str:
     if start == end:
         return "."
     way = report.mesh.get((start, end))
-    return "failed" if isinstance(way, str) else _ms(way)
-
-
-def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1000:.1f} ms"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-    return "\n".join(lines)
+    return "failed" if isinstance(way, str) else milliseconds(way)
 
 
 def _as_json(report: RegionReport) -> dict[str, Any]:

@@ -1,0 +1,151 @@
+"""`derper status`: what it prints of a relay, and what it says when there is none."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import socket
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from derper import cli, health, status_command
+from derper.text import bytes_of, duration
+
+from .test_health import HOST, dial, free_port, relay_in, running
+
+
+async def run(*arguments: str) -> int:
+    """The command in a thread: the relay that it asks runs in this one."""
+    return await asyncio.to_thread(cli.main, ["status", *arguments])
+
+
+async def test_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "s"
+    async with running(relay_in(tmp_path, f"-status-socket={path}")) as relay:
+        clients = [await dial(relay, 1), await dial(relay, 2, ideal_node="900a")]
+        assert await run("--socket", str(path)) == 0
+        text = capsys.readouterr().out
+        assert text.startswith("the relay serves\n\n")
+        for fact in (
+            r"server key  nodekey:[0-9a-f]{64}",
+            r"listening   127\.0\.0\.1 port \d+ with TLS; 2 accepted, 0 rejected, 0 TLS errors",
+            r"STUN        port \d+, answering; no requests",
+            r"clients     2, of these 0 at home, 1 not on their ideal node, 0 keys more than once; 0 mesh peers",
+            r"queues      0 packets wait for 0 clients that do not read",
+            r"admission   open to everybody",
+            r"limits      any rate for each client, any number of new connections",
+            r"127\.0\.0\.1 \(default\) +\d+ +\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ +sha256-raw:[0-9a-f]{64}",
+        ):
+            assert re.search(f"^{fact}", text, re.MULTILINE), f"{fact!r} is not in\n{text}"
+        assert str(clients[0].public_key) not in text
+        assert await run("--socket", str(path), "--clients") == 0
+        text = capsys.readouterr().out
+        assert re.search(rf"^{clients[1].public_key}  127\.0\.0\.1:\d+  \d+s +0 +not ideal$", text, re.MULTILINE)
+        for client in clients:
+            await client.close()
+
+
+async def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    port = free_port()
+    async with running(relay_in(tmp_path, f"-metrics-addr={HOST}:{port}")):
+        assert await run("--address", f"{HOST}:{port}", "--json") == 0
+        status = json.loads(capsys.readouterr().out)
+        assert (status["ready"], "clientList" in status) == (True, False)
+        assert await run("--address", f"{HOST}:{port}", "--json", "--clients") == 0
+        assert json.loads(capsys.readouterr().out)["clientList"] == []
+
+
+async def test_a_relay_that_does_not_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "s"
+    relay = relay_in(tmp_path, f"-status-socket={path}")
+    async with running(relay):
+        relay.draining = True
+        assert await run("--socket", str(path)) == 1
+    assert capsys.readouterr().out.startswith("the relay does not serve: draining\n")
+
+
+async def test_slow_readers_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "s"
+    async with running(relay_in(tmp_path, f"-status-socket={path}", "-tcp-write-timeout=0")) as relay:
+        client = await dial(relay, 1)
+        assert relay.hub is not None
+        (link,) = relay.hub.links
+        link.pause_writing()
+        assert await run("--socket", str(path)) == 0
+        await client.close()
+    assert re.search(rf"^DOES NOT READ .*\n{client.public_key}  0 +\d+s$", capsys.readouterr().out, re.MULTILINE)
+
+
+async def test_the_default_is_the_socket_then_the_port_of_a_pod(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, port = tmp_path / "s", free_port()
+    monkeypatch.setattr(health, "DEFAULT_SOCKET", path)
+    monkeypatch.setattr(status_command, "_DEFAULT_ADDRESS", f"{HOST}:{port}")
+    assert await run() == 2
+    why = f"there is no {path}, and cannot ask {HOST}:{port}: connection refused; use --socket or --address"
+    assert capsys.readouterr().err == f"derper status: {why}\n"
+    async with running(relay_in(tmp_path, f"-metrics-addr={HOST}:{port}")):
+        assert await run() == 0
+        os.unlink(path)
+        assert await run() == 0
+
+
+def nobody(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--socket", "{tmp}/none"], "cannot ask {tmp}/none: no such file or directory"),
+        (["--socket", "{tmp}/dead"], "cannot ask {tmp}/dead: connection refused"),
+        (["--address", "127.0.0.1:99999"], "cannot ask 127.0.0.1:99999: "),
+        (["--address", "127.0.0.1:1"], "cannot ask 127.0.0.1:1: "),
+    ],
+)
+async def test_no_relay(arguments: list[str], error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nobody(tmp_path / "dead")
+    assert await run(*(argument.format(tmp=tmp_path) for argument in arguments)) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("derper status: " + error.format(tmp=tmp_path))
+    assert text.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "error"),
+    [
+        (404, "none here", "is no relay's status socket or metrics port: it answered 404"),
+        (200, "[]", "is no relay's status socket or metrics port: it answered 200"),
+        (200, "hello", "is no relay's status socket or metrics port: it answered 200"),
+        (403, "only over loopback\n", ": only over loopback"),
+        (200, '{"ready": true, "version": "9.9"}', "the relay is of another version, 9.9, and tells other things"),
+    ],
+)
+async def test_another_server(status: int, body: str, error: str, capsys: pytest.CaptureFixture[str]) -> None:
+    async def answer(_request: web.Request) -> web.Response:
+        return web.Response(status=status, text=body)
+
+    app, port = web.Application(), free_port()
+    app.router.add_get("/status", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, HOST, port).start()
+    assert await run("--address", f"{HOST}:{port}", "--clients") == 2
+    await runner.cleanup()
+    assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0s"), (59.9, "59s"), (3600, "1h"), (93784, "1d 2h"), (61, "1m 1s")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1536, "1.5 KiB"), (5 << 20, "5.0 MiB"), (3 << 30, "3.0 GiB")])
+def test_sizes(count: int, text: str) -> None:
+    assert bytes_of(count) == text
