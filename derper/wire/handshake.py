@@ -10,15 +10,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Final
 
-from . import frames
+from . import frames, gojson
 from .errors import ProtocolError
 from .frames import FrameType
-from .keys import KEY_LEN, NONCE_LEN, KeyFormatError, MeshKey, NodePrivate, NodePublic
+from .keys import KEY_LEN, NONCE_LEN, MeshKey, NodePrivate, NodePublic
 
 __all__ = [
+    "MIN_CLIENT_INFO",
     "ClientInfo",
     "ServerInfo",
     "client_info_frame",
@@ -29,7 +31,7 @@ __all__ = [
     "server_key_frame",
 ]
 
-_T = TypeVar("_T")
+MIN_CLIENT_INFO: Final = KEY_LEN + NONCE_LEN  # bytes of the shortest payload that is looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,24 +84,13 @@ def client_info_frame(private: NodePrivate, server: bytes, info: ClientInfo) -> 
 def open_client_info(private: NodePrivate, payload: bytes) -> tuple[NodePublic, ClientInfo]:
     """Who the client is.  That the box opens proves that it holds the key it names.
 
-    Raises `ProtocolError`; unknown JSON fields are ignored.
+    Raises `ProtocolError`.  The JSON is read as Go reads it; the version may be any, as for stock derper.
     """
-    if len(payload) < KEY_LEN + NONCE_LEN:
+    if len(payload) < MIN_CLIENT_INFO:
         raise ProtocolError("short client info")
     key = NodePublic(payload[:KEY_LEN])
-    body = _json_object(private.open_from(key, payload[KEY_LEN:]), "client info")
-    mesh_text = _field(body, "meshKey", str, "")
-    try:
-        mesh_key = MeshKey.parse(mesh_text) if mesh_text else None
-    except KeyFormatError as error:
-        raise ProtocolError(f"client info: {error}") from None
-    return key, ClientInfo(
-        version=_field(body, "version", int, 0),
-        mesh_key=mesh_key,
-        can_ack_pings=_field(body, "CanAckPings", bool, False),
-        is_prober=_field(body, "IsProber", bool, False),
-        app_name=_field(body, "AppName", str, ""),
-    )
+    found = _fields(private.open_from(key, payload[KEY_LEN:]), "client info", _CLIENT_INFO)
+    return key, ClientInfo(**{"version": 0, **found})
 
 
 def server_info_frame(private: NodePrivate, client: bytes, info: ServerInfo) -> bytes:
@@ -113,28 +104,41 @@ def server_info_frame(private: NodePrivate, client: bytes, info: ServerInfo) -> 
 
 def open_server_info(private: NodePrivate, server: bytes, payload: bytes) -> ServerInfo:
     """What the server says of itself.  Raises `ProtocolError`."""
-    body = _json_object(private.open_from(server, payload), "server info")
-    return ServerInfo(
-        version=_field(body, "version", int, 0),
-        bytes_per_second=_field(body, "TokenBucketBytesPerSecond", int, 0),
-        bytes_burst=_field(body, "TokenBucketBytesBurst", int, 0),
-    )
+    found = _fields(private.open_from(server, payload), "server info", _SERVER_INFO)
+    return ServerInfo(**{"version": 0, **found})
 
 
-def _json_object(message: bytes, what: str) -> dict[str, Any]:
+_Fields = Mapping[str, tuple[str, Callable[[object], Any]]]  # name in JSON, in lower case -> attribute, how to read it
+
+_CLIENT_INFO: Final[_Fields] = {
+    "meshkey": ("mesh_key", MeshKey.from_json),
+    "version": ("version", gojson.integer),
+    "canackpings": ("can_ack_pings", gojson.boolean),
+    "isprober": ("is_prober", gojson.boolean),
+    "appname": ("app_name", gojson.string),
+}
+_SERVER_INFO: Final[_Fields] = {
+    "version": ("version", gojson.integer),
+    "tokenbucketbytespersecond": ("bytes_per_second", gojson.integer),
+    "tokenbucketbytesburst": ("bytes_burst", gojson.integer),
+}
+
+
+def _fields(message: bytes, what: str, fields: _Fields) -> dict[str, Any]:
+    """The attributes that `message` sets."""
     try:
-        body = json.loads(message)
-    except (ValueError, RecursionError):  # RecursionError: deeply nested brackets
-        raise ProtocolError(f"{what} is not JSON") from None
-    if not isinstance(body, dict):
-        raise ProtocolError(f"{what} is not a JSON object")
-    return {key.lower(): value for key, value in body.items()}  # as encoding/json matches names
-
-
-def _field(body: dict[str, Any], name: str, kind: type[_T], default: _T) -> _T:
-    value = body.get(name.lower())
-    if value is None:
-        return default
-    if type(value) is not kind:
-        raise ProtocolError(f"field {name} has the wrong type")
-    return value
+        members = gojson.members(message)
+    except ValueError as error:
+        raise ProtocolError(f"{what} is {error}") from None
+    found: dict[str, Any] = {}
+    for name, value in members:
+        if name not in fields:
+            continue
+        attribute, read = fields[name]
+        if value is None and attribute != "mesh_key":  # null changes nothing; but a mesh key's type reads it itself
+            continue
+        try:
+            found[attribute] = read(value)
+        except ValueError as error:
+            raise ProtocolError(f"{what}, {name}: {error}") from None
+    return found

@@ -148,6 +148,11 @@ class MeshKey:
         """Read 64 hexadecimal digits; surrounding blanks are dropped.  Raises `KeyFormatError`."""
         return cls(_unhex(text.strip(), "a mesh key"))
 
+    @classmethod
+    def from_json(cls, value: object) -> MeshKey:
+        """Read the member of a client info: exactly 64 hexadecimal digits.  Raises `KeyFormatError`."""
+        return cls(_unhex(value if isinstance(value, str) else "", "a mesh key"))
+
     def secret_text(self) -> str:
         """64 lower-case hexadecimal digits.  Never log it."""
         return self._raw.hex()
