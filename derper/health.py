@@ -86,7 +86,7 @@ class Health:
         return web.Response(status=503 if reasons else 200, text="\n".join(reasons or ["ok"]) + "\n")
 
     async def _metrics(self, _request: web.Request) -> web.Response:
-        return web.Response(text=metrics.render(metrics.collect(self._relay)), content_type="text/plain")
+        return web.Response(text=metrics.text(self._relay), content_type="text/plain", charset="utf-8")
 
     async def _status(self, request: web.Request) -> web.StreamResponse:
         if request.query.get("clients") != "1":

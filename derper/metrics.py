@@ -1,155 +1,257 @@
-"""Prometheus metrics under the names that stock derper exports (derpserver.go ExpVar, tsweb/varz).
+"""What the relay tells of itself, under the names that stock derper exports (derpserver.go ExpVar, tsweb/varz).
 
-Written by hand: Prometheus' own library appends ``_total`` to counters, and dashboards made for stock derper
-must find their names.
+Names of ours begin with ``derper_``.  Everything is read when it is asked for; the relay only adds up integers.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
+import platform
 import resource
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from . import __version__
+from .expvar import Func, LabelMap, MultiLabelMap, Text, Tree, Value, varz
+from .relay.counters import DropReason
 
 if TYPE_CHECKING:
+    from .net.hub import Hub
     from .server import Relay
 
-__all__ = ["Metric", "collect", "render"]
+__all__ = ["process", "published", "resident_memory", "text"]
+
+_PROC: Final = Path("/proc")
+_PAGE: Final = resource.getpagesize()
 
 
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """One metric: samples are (labels, value)."""
-
-    name: str
-    kind: str  #: counter or gauge
-    samples: list[tuple[Mapping[str, str], float]] = field(default_factory=list)
+def text(relay: Relay) -> str:
+    """Everything, as text for Prometheus."""
+    return varz(process(), published(relay))
 
 
-def counter(name: str, value: float) -> Metric:
-    """A counter without labels."""
-    return Metric(name, "counter", [({}, value)])
-
-
-def gauge(name: str, value: float) -> Metric:
-    """A gauge without labels."""
-    return Metric(name, "gauge", [({}, value)])
-
-
-def render(metrics: Iterable[Metric]) -> str:
-    """The text format of Prometheus."""
-    lines = []
-    for metric in metrics:
-        lines.append(f"# TYPE {metric.name} {metric.kind}")
-        for labels, value in metric.samples:
-            inner = ",".join(f'{name}="{_escape(text)}"' for name, text in labels.items())
-            lines.append(f"{metric.name}{{{inner}}} {_number(value)}" if inner else f"{metric.name} {_number(value)}")
-    return "\n".join(lines) + "\n"
-
-
-def _number(value: float) -> str:
-    return str(int(value)) if value == int(value) else repr(value)
-
-
-def _escape(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-
-
-def collect(relay: Relay) -> Iterator[Metric]:
-    """Everything that the relay knows of itself."""
-    yield gauge("derper_ready", float(relay.serving()))
-    yield Metric(
-        "derper_reload_failures", "counter", [({"what": item.what}, item.failures) for item in relay.state.watched]
-    )
-    yield Metric(
-        "derper_config_problem",
-        "gauge",
-        [({"what": item.what}, float(item.problem is not None)) for item in relay.state.watched],
-    )
+def published(relay: Relay) -> Tree:
+    """The relay's variables, named as in stock derper's ``/debug/vars``."""
+    counters = relay.hub.counters if relay.hub is not None else None
+    bootstrap = relay.bootstrap_dns
+    tree: dict[str, Value] = {
+        **{f"counter_bootstrap_dns_{name}": count for name, count in asdict(bootstrap.counters).items()},
+        "cmdline": sys.argv,
+        "counter_bootstrap_dns_queried_domains": Func(len(bootstrap.queried)),
+        "counter_uptime_sec": Func(int((datetime.now(UTC) - relay.started_at).total_seconds())),
+        "derper": _ours(relay),
+        "derper_tls_request_version": LabelMap("version", counters.http_requests if counters else {}),
+        "gauge_derper_tls_active_version": LabelMap("version", _tls_active(relay.hub)),
+        "gauge_goroutines": Func(len(asyncio.all_tasks())),
+        "process_start_unix_time": Func(int(relay.started_at.timestamp())),
+        "python_version": Text(platform.python_version(), {}),
+        "stun": _stun(relay),
+        "version": Text(__version__, {"binary": "derper"}),
+    }
+    if boot_time := _boot_time():
+        tree["node_boot_time_seconds"] = Func(boot_time)
     if relay.hub is not None:
-        yield from _derp(relay)
-    if relay.listener is not None:
-        yield counter("tls_listener_accepted_connections", relay.listener.accepted)
-        yield counter("tls_listener_rejected_connections", relay.listener.rejected)
-        yield counter("derper_tls_handshake_errors", relay.listener.tls_errors)
-    if relay.stun is not None:
-        yield Metric(
-            "stun_requests", "counter", [({"disposition": name}, n) for name, n in relay.stun.dispositions.items()]
-        )
-        yield Metric("stun_addrfamily", "counter", [({"family": name}, n) for name, n in relay.stun.families.items()])
-    if relay.tls is not None:
-        yield Metric(
-            "derper_certificate_expiry_seconds",
-            "gauge",
-            [({"name": ",".join(item.names)}, item.not_after.timestamp()) for item in relay.tls.certificates],
-        )
-    yield from _process()
+        tree["derp"] = _derp(relay, relay.hub)
+        tree["derp_packets_dropped"] = _drops("packets", relay.hub.counters.packets_dropped)
+        tree["derp_bytes_dropped"] = _drops("bytes", relay.hub.counters.bytes_dropped)
+        tree["derp_websocket_accepts"] = relay.hub.counters.websocket_accepts
+    if relay.listener is not None and relay.config.tls:
+        tree["tls_listener"] = {
+            "counter_accepted_connections": relay.listener.accepted,
+            "counter_rejected_connections": relay.listener.rejected,
+        }
+    return tree
 
 
-def _process() -> Iterator[Metric]:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    yield counter("process_cpu_seconds_total", usage.ru_utime + usage.ru_stime)
-    yield Metric("version", "gauge", [({"version": __version__}, 1.0)])
-    proc = Path("/proc/self")
-    if proc.exists():
-        pages = int((proc / "statm").read_text().split()[1])
-        yield gauge("process_resident_memory_bytes", pages * resource.getpagesize())
-        yield gauge("derp_current_file_descriptors", len(os.listdir(proc / "fd")))
-
-
-def _derp(relay: Relay) -> Iterator[Metric]:
-    assert relay.hub is not None
-    counters, router = relay.hub.counters, relay.hub.router
-    for name in _COUNTERS:
-        yield counter(f"derp_{name}", getattr(counters, name))
-    yield counter("derp_sclient_write_timeouts", counters.write_timeouts)
-    yield counter("derp_rate_limit_per_client_waited", counters.rate_limit_waits)
+def _derp(relay: Relay, hub: Hub) -> Tree:
+    counters, router, limits = hub.counters, hub.router, hub.limits
     disco = counters.packets_received_disco
-    kinds = [({"kind": "disco"}, float(disco)), ({"kind": "other"}, float(counters.packets_received - disco))]
-    yield Metric("derp_packets_received_kind", "counter", list(kinds))
-    for unit, drops in (("packets", counters.packets_dropped), ("bytes", counters.bytes_dropped)):
-        samples: list[tuple[Mapping[str, str], float]] = [
-            ({"reason": reason.value, "kind": "disco" if is_disco else "other"}, count)
-            for (reason, is_disco), count in drops.items()
-        ]
-        yield Metric(f"derp_{unit}_dropped", "counter", samples)
-    yield gauge("derp_current_connections", counters.current_connections)
-    yield gauge("derp_current_home_connections", counters.current_home_connections)
-    yield gauge("derp_current_notideal_connections", counters.current_notideal_connections)
-    yield gauge("derp_current_dup_client_keys", router.duplicate_keys)
-    yield gauge("derp_current_dup_client_conns", router.duplicate_connections)
-    yield gauge("derp_clients_local", len(router.active))
-    yield gauge("derp_clients_remote", len(router.forwarders))
-    yield gauge("derp_clients_total", router.clients_total)
-    yield gauge("derp_watchers", len(router.watchers))
-    yield gauge("derp_average_queue_duration_ms", counters.average_queue_duration)
-    if relay.mesh is not None:
-        links = relay.mesh.status().items()
-        yield Metric("derper_mesh_link_up", "gauge", [({"peer": name}, float(link.connected)) for name, link in links])
+    tree: dict[str, Value] = {name: getattr(counters, name) for name in _COUNTERS}
+    tree |= {
+        "average_queue_duration_ms": Func(counters.average_queue_duration),
+        "counter_buffered_write_frames": counters.buffered_write_frames(),
+        "counter_mesh_update_batch_size": counters.mesh_update_batch_size,
+        "counter_mesh_update_loop_count": counters.mesh_update_loop_count,
+        "counter_packets_received_kind": LabelMap("kind", {"disco": disco, "other": counters.packets_received - disco}),
+        "counter_tcp_rtt": LabelMap("le", counters.tcp_rtt),
+        "counter_total_dup_client_conns": counters.total_dup_client_conns,
+        "gauge_clients_local": Func(len(router.active)),
+        "gauge_clients_remote": Func(router.clients_total - len(router.active)),
+        "gauge_clients_total": Func(router.clients_total),
+        "gauge_current_connections": counters.current_connections,
+        "gauge_current_dup_client_conns": router.duplicate_connections,
+        "gauge_current_dup_client_keys": router.duplicate_keys,
+        "gauge_current_file_descriptors": Func(_open_files()),
+        "gauge_current_home_connections": counters.current_home_connections,
+        "gauge_current_notideal_connections": counters.current_notideal_connections,
+        "gauge_memstats_sys0": Func(relay.memory_at_start),
+        "gauge_watchers": Func(len(router.watchers)),
+        "sclient_write_timeouts": counters.write_timeouts,
+        "version": __version__,
+    }
+    if relay.config.rate_config or limits.client_bytes_per_second:
+        tree["rate_limit_per_client_burst_bytes"] = Func(limits.client_burst_bytes)
+        tree["rate_limit_per_client_bytes_per_second"] = Func(limits.client_bytes_per_second)
+        tree["rate_limit_per_client_waited"] = counters.rate_limit_waits
+    return tree
 
 
-_COUNTERS = (
+_COUNTERS: Final = (
     "accepts",
     "bytes_received",
     "bytes_sent",
-    "packets_received",
-    "packets_sent",
-    "unknown_frames",
-    "protocol_errors",
-    "packets_forwarded_in",
-    "packets_forwarded_out",
+    "got_ping",
+    "home_moves_in",
+    "home_moves_out",
     "multiforwarder_created",
     "multiforwarder_deleted",
     "packet_forwarder_delete_other_value",
-    "home_moves_in",
-    "home_moves_out",
-    "got_ping",
-    "sent_pong",
+    "packets_forwarded_in",
+    "packets_forwarded_out",
+    "packets_received",
+    "packets_sent",
     "peer_gone_disconnected_frames",
     "peer_gone_not_here_frames",
-    "total_dup_client_conns",
+    "sent_pong",
+    "unknown_frames",
 )
+
+
+def _drops(unit: str, drops: Mapping[tuple[DropReason, bool], int]) -> MultiLabelMap:
+    values: dict[tuple[str, ...], int] = {
+        (reason.value, "disco" if disco else "other"): count for (reason, disco), count in drops.items()
+    }
+    return MultiLabelMap("counter", f"DERP {unit} dropped by reason and by kind", ("reason", "kind"), values)
+
+
+def _stun(relay: Relay) -> Tree:
+    dispositions = dict.fromkeys(("not_stun", "read_error", "success", "write_error"), 0)
+    families = dict.fromkeys(("ipv4", "ipv6"), 0)
+    if relay.stun is not None:
+        dispositions |= relay.stun.dispositions
+        families |= relay.stun.families
+    return {
+        "counter_requests": LabelMap("disposition", dispositions),
+        "counter_addrfamily": LabelMap("family", families),
+    }
+
+
+def _tls_active(hub: Hub | None) -> Mapping[str, float]:
+    """As stock derper: a DERP connection is a request that lasts."""
+    if hub is None:
+        return {}
+    active = Counter(hub.counters.http_in_progress)
+    active.update(version for link in hub.links if (version := link.tls_version))
+    return active
+
+
+def _ours(relay: Relay) -> Tree:
+    watched = relay.state.watched
+    tree: dict[str, Value] = {
+        "gauge_ready": Func(relay.serving()),
+        "counter_reload_failures": LabelMap("what", {item.what: item.failures for item in watched}),
+        "gauge_config_problem": LabelMap("what", {item.what: item.problem is not None for item in watched}),
+    }
+    if relay.hub is not None:
+        tree["protocol_errors"] = relay.hub.counters.protocol_errors
+    if relay.listener is not None:
+        tree["tls_handshake_errors"] = relay.listener.tls_errors
+    if relay.tls is not None:
+        expiry = {",".join(item.names): item.not_after.timestamp() for item in relay.tls.certificates}
+        tree["gauge_certificate_expiry_seconds"] = LabelMap("name", expiry)
+    if relay.mesh is not None:
+        links = relay.mesh.status().items()
+        tree["gauge_mesh_link_up"] = LabelMap("peer", {name: link.connected for name, link in links})
+    return tree
+
+
+# -- the process, as the official Prometheus clients show it
+
+
+def process() -> Tree:
+    """What the system knows of this process.  Names and help are those of the official Go client."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    tree: dict[str, Value] = {
+        "process_cpu_seconds_total": _single(
+            "counter", "Total user and system CPU time spent in seconds.", usage.ru_utime + usage.ru_stime
+        ),
+        "process_max_fds": _single("gauge", "Maximum number of open file descriptors.", _limit(resource.RLIMIT_NOFILE)),
+        "process_virtual_memory_max_bytes": _single(
+            "gauge", "Maximum amount of virtual memory available in bytes.", _limit(resource.RLIMIT_AS)
+        ),
+    }
+    if not (_PROC / "self").exists():
+        return tree
+    received, sent = _network_bytes()
+    return tree | {
+        "process_network_receive_bytes_total": _single(
+            "counter", "Number of bytes received by the process over the network.", received
+        ),
+        "process_network_transmit_bytes_total": _single(
+            "counter", "Number of bytes sent by the process over the network.", sent
+        ),
+        "process_open_fds": _single("gauge", "Number of open file descriptors.", _open_files()),
+        "process_resident_memory_bytes": _single("gauge", "Resident memory size in bytes.", resident_memory()),
+        "process_start_time_seconds": _single(
+            "gauge", "Start time of the process since unix epoch in seconds.", _start_time()
+        ),
+        "process_virtual_memory_bytes": _single("gauge", "Virtual memory size in bytes.", _memory()[0]),
+    }
+
+
+def _single(kind: str, explanation: str, value: float) -> MultiLabelMap:
+    return MultiLabelMap(kind, explanation, (), {(): value})
+
+
+def _limit(which: int) -> float:
+    soft = resource.getrlimit(which)[0]
+    return float(2**64 - 1) if soft == resource.RLIM_INFINITY else soft
+
+
+def _open_files() -> int:
+    folder = _PROC / "self" / "fd"
+    return len(os.listdir(folder)) if folder.exists() else 0
+
+
+def resident_memory() -> int:
+    """Bytes, or 0 where the system does not tell."""
+    return _memory()[1]
+
+
+def _memory() -> tuple[int, int]:
+    """Virtual and resident, in bytes."""
+    try:
+        size, resident = (_PROC / "self" / "statm").read_text().split()[:2]
+    except FileNotFoundError:
+        return 0, 0
+    return int(size) * _PAGE, int(resident) * _PAGE
+
+
+def _boot_time() -> int:
+    """Unix time, or 0 where the system does not tell."""
+    try:
+        lines = (_PROC / "stat").read_text().splitlines()
+    except FileNotFoundError:
+        return 0
+    return next((int(line.removeprefix("btime ")) for line in lines if line.startswith("btime ")), 0)
+
+
+def _start_time() -> float:
+    after_name = (_PROC / "self" / "stat").read_text().rpartition(")")[2].split()
+    return _boot_time() + int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # proc(5): field 22, starttime
+
+
+def _network_bytes() -> tuple[int, int]:
+    """Received and sent, of all that shares the process's network."""
+    rows = [line.split() for line in (_PROC / "self" / "net" / "netstat").read_text().splitlines()]
+    for names, values in zip(rows[::2], rows[1::2], strict=True):
+        if names[0] == "IpExt:":
+            found = dict(zip(names, values, strict=True))
+            return int(found["InOctets"]), int(found["OutOctets"])
+    return 0, 0

@@ -26,7 +26,9 @@ from .config import Config
 from .derpmap import DERPNode
 from .files import FileError
 from .health import Health, default_socket
+from .metrics import resident_memory
 from .net.admission import Admission
+from .net.bootstrap_dns import BootstrapDNS, SystemResolver
 from .net.doorman import Doorman, Reception
 from .net.http import connections, public_app, redirect_app
 from .net.hub import Hub
@@ -68,6 +70,10 @@ class Relay:
         self.listener: Listener | None = None
         self.draining = False
         self.started_at = utc_now()
+        self.memory_at_start = resident_memory()
+        self.bootstrap_dns = BootstrapDNS(
+            config.bootstrap_dns, config.unpublished_dns, resolver=SystemResolver(), rng=rng
+        )
         self._rng = rng
         self._admission = Admission(self.state.policy())
         self._http_listener: Listener | None = None

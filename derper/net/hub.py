@@ -18,6 +18,7 @@ from ..wire.frames import KEEP_ALIVE_SECONDS, MAX_CLIENT_INFO
 from ..wire.handshake import ClientInfo
 from ..wire.keys import MeshKey, NodePrivate
 from .admission import Admission
+from .roundtrips import RoundTrips
 
 if TYPE_CHECKING:
     from .link import Link
@@ -97,6 +98,7 @@ class Hub:
         self.draining = False  # no new clients
         self.link_lost = asyncio.Event()  # set whenever a link closes
         self.paused: set[Link] = set()  # those whose socket is full
+        self.round_trips = RoundTrips(self.counters)
         # One read buffer for all links: what a link does not use at once it copies.
         self.read_buffer = bytearray(_READ_BUFFER)
         self.read_view = memoryview(self.read_buffer)
@@ -163,3 +165,4 @@ class Hub:
         now = self.clock()
         for link in tuple(self.paused):
             link.check_stall(now)
+        self.round_trips.sample(now)

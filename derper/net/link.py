@@ -20,6 +20,7 @@ from ..wire.frames import HEADER, HEADER_LEN, MAX_CLIENT_INFO, FrameType
 from ..wire.handshake import ClientInfo, ServerInfo
 from ..wire.keys import NodePublic
 from .hub import Hub
+from .sockets import TCPInfo, tcp_info, tls_version
 
 __all__ = ["Link"]
 
@@ -62,6 +63,8 @@ class Link(asyncio.BufferedProtocol):
         transport.set_write_buffer_limits(high=_WRITE_HIGH_WATER)
         hub.links.add(self)
         hub.counters.accepts += 1
+        if version := self.tls_version:
+            hub.counters.http_requests[version] += 1
         self._login_timer = hub.loop.call_later(LOGIN_SECONDS, self._login_expired)
         transport.write(greeting + handshake.server_key_frame(hub.private_key.public))
         if early:
@@ -127,6 +130,15 @@ class Link(asyncio.BufferedProtocol):
     def session(self) -> Session | None:
         """The session, once the client has logged in."""
         return self._session
+
+    @property
+    def tls_version(self) -> str | None:
+        """ "1.3" or "1.2", or None without TLS."""
+        return tls_version(self._transport)
+
+    def tcp_info(self) -> TCPInfo | None:
+        """What the system knows of the connection, or None if it is gone or the system does not tell."""
+        return tcp_info(self._transport) if self in self._hub.links else None
 
     def close(self) -> None:
         """Close after what is written has been sent; nothing if it is closed."""
@@ -234,6 +246,7 @@ class Link(asyncio.BufferedProtocol):
         )
         self._session = session
         hub.join(session)
+        hub.round_trips.follow(self, session.connected_at)
         self.write(handshake.server_info_frame(hub.private_key, key, ServerInfo()))
 
     def _login_expired(self) -> None:

@@ -1,15 +1,27 @@
-"""Bound sockets."""
+"""Bound sockets, and what is known of connected ones."""
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import socket
 import stat
+import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NamedTuple
 
-__all__ = ["bind", "bind_unix"]
+__all__ = ["TCPInfo", "bind", "bind_unix", "tcp_info", "tls_version"]
+
+_TCP_INFO: Final = struct.Struct("=68xI56xQ64xQ")  # linux/tcp.h, struct tcp_info: rtt, bytes_received, bytes_sent
+
+
+class TCPInfo(NamedTuple):
+    """What the system knows of a TCP connection."""
+
+    round_trip: float  #: seconds, smoothed
+    received: int  #: bytes
+    sent: int  #: bytes, retransmitted ones too
 
 
 def bind(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
@@ -84,3 +96,23 @@ def _remove_stale(path: Path) -> None:
         except BlockingIOError:
             pass
     raise OSError(errno.EADDRINUSE, "another process serves on it")
+
+
+def tls_version(transport: asyncio.BaseTransport) -> str | None:
+    """ "1.3" or "1.2", or None without TLS."""
+    connection = transport.get_extra_info("ssl_object")
+    return None if connection is None else str(connection.version()).removeprefix("TLSv")
+
+
+def tcp_info(transport: asyncio.BaseTransport) -> TCPInfo | None:
+    """None if the system does not tell, or the transport is not TCP (Linux 4.19 and newer tell)."""
+    sock = transport.get_extra_info("socket")
+    if sock is None or not hasattr(socket, "TCP_INFO"):
+        return None
+    try:
+        microseconds, received, sent = _TCP_INFO.unpack(
+            sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+        )
+    except (OSError, struct.error):
+        return None
+    return TCPInfo(microseconds / 1e6, received, sent)

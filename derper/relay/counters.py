@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Final
 
-__all__ = ["Counters", "DropReason"]
+__all__ = ["MAX_RUN", "Counters", "DropReason", "Histogram"]
+
+MAX_RUN: Final = 100  #: frames in one write that are told apart; longer runs are counted as one more
+_QUEUE_DECAY: Final = 0.9  # derpserver, recordQueueTime
 
 
 class DropReason(Enum):
@@ -18,6 +25,35 @@ class DropReason(Enum):
     QUEUE_TAIL = "queue_tail"
     WRITE_ERROR = "write_error"
     DUP_CLIENT = "dup_client"
+
+
+@dataclass(slots=True)
+class Histogram:
+    """How often values of each size came (metrics.Histogram)."""
+
+    bounds: Sequence[int]  #: the upper bounds of the buckets, sorted
+    counts: list[int] = field(init=False)  #: one for each bucket, and one for what is greater
+    sum: int = 0
+
+    def __post_init__(self) -> None:
+        self.counts = [0] * (len(self.bounds) + 1)
+
+    def observe(self, value: int, times: int = 1) -> None:
+        """The value came, so many times."""
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.sum += value * times
+
+    @property
+    def count(self) -> int:
+        """All values."""
+        return sum(self.counts)
+
+    def cumulative(self) -> Iterator[tuple[str, int]]:
+        """For each bound, the last one infinite, how many values were not greater."""
+        total = 0
+        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
+            total += count
+            yield bound, total
 
 
 def _by_reason() -> dict[tuple[DropReason, bool], int]:
@@ -53,16 +89,43 @@ class Counters:
     current_connections: int = 0
     current_home_connections: int = 0
     current_notideal_connections: int = 0
-    average_queue_duration: float = 0.0  #: milliseconds, moving average over packets that had to queue
+    http_in_progress: Counter[str] = field(default_factory=Counter)  #: requests by TLS version
+    http_requests: Counter[str] = field(default_factory=Counter)  #: the same, and the upgrades to DERP, since the start
+    tcp_rtt: Counter[str] = field(default_factory=Counter)  #: samples of clients' round-trip times, by upper bound
+    websocket_accepts: int = 0
+    mesh_update_batch_size: Histogram = field(
+        default_factory=lambda: Histogram((0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000))
+    )
+    mesh_update_loop_count: Histogram = field(default_factory=lambda: Histogram((0, 1, 2, 5, 10, 20, 50, 100)))
+    #: how many writes had one frame, two, ... and more than `MAX_RUN`; a plain list, as the data path counts here
+    runs: list[int] = field(default_factory=lambda: [0] * (MAX_RUN + 2))
+    control_frames: int = 0  #: written, beside packets
     #: (reason, is disco) -> packets, and -> bytes
     packets_dropped: dict[tuple[DropReason, bool], int] = field(default_factory=_by_reason)
     bytes_dropped: dict[tuple[DropReason, bool], int] = field(default_factory=_by_reason)
+    _average_queue_ms: float = 0.0
+    _averaged: int = 0  # packets sent when it was computed
 
     def drop(self, reason: DropReason, disco: bool, size: int) -> None:
         """One packet of `size` bytes was dropped."""
         self.packets_dropped[reason, disco] += 1
         self.bytes_dropped[reason, disco] += size
 
-    def queued(self, seconds: float) -> None:
-        """A packet left a queue after so long."""
-        self.average_queue_duration += 0.1 * (seconds * 1000 - self.average_queue_duration)
+    def queued(self, seconds: float, *, sent: bool) -> None:
+        """A packet left a queue after so long, `sent` or dropped.  Call it before the packet is counted as sent."""
+        self._average_queue_ms = _QUEUE_DECAY * self.average_queue_duration + (1 - _QUEUE_DECAY) * int(seconds * 1000)
+        self._averaged = self.packets_sent + sent
+
+    @property
+    def average_queue_duration(self) -> float:
+        """Milliseconds, a moving average over all packets.  Those that waited for nothing are counted here, late, so
+        that their way costs nothing."""
+        return self._average_queue_ms * _QUEUE_DECAY ** (self.packets_sent - self._averaged)
+
+    def buffered_write_frames(self) -> Histogram:
+        """How many frames were written at once."""
+        found = Histogram((*range(11), 15, 20, 25, 50, 100))
+        for frames, times in enumerate(self.runs):
+            found.observe(frames, times)
+        found.sum = self.packets_sent + self.control_frames  # it knows the true length of the longest runs
+        return found

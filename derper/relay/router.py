@@ -100,6 +100,7 @@ class Router:
             if key not in self.forwarders:
                 self._gone_from_region(key)
             self._broadcast(frames.peer_gone(key, PeerGoneReason.DISCONNECTED))
+            self.counters.peer_gone_disconnected_frames += len(self.watchers)
         self.counters.current_connections -= 1
         if session.preferred:
             self.counters.current_home_connections -= 1
@@ -160,6 +161,7 @@ class Router:
         if session.key == self.public_key:
             return  # the relay dialed itself
         session.control(b"".join(client.present_frame() for client in self.active.values()))
+        self._count_update(len(self.active))
         self.watchers.add(session)
 
     def add_forwarder(self, key: bytes, forwarder: Forwarder) -> None:
@@ -215,3 +217,9 @@ class Router:
     def _broadcast(self, frame: bytes) -> None:
         for watcher in self.watchers:
             watcher.control(frame)
+            self._count_update(1)
+
+    def _count_update(self, changes: int) -> None:
+        """A watcher was told of so many changes at once."""
+        self.counters.mesh_update_batch_size.observe(changes)
+        self.counters.mesh_update_loop_count.observe(1)

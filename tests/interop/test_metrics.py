@@ -17,7 +17,6 @@ DISCO = "TS💬".encode() + bytes(80)
 STRANGER = f"nodekey:{'17' * 32}"
 METRICS_PORT = 9090
 
-# Not derp_peer_gone_disconnected_frames: stock derper also counts those to mesh peers.
 NAMES = {
     "derp_accepts",
     "derp_bytes_received",
@@ -39,6 +38,7 @@ NAMES = {
     "derp_packets_received",
     "derp_packets_received_kind",
     "derp_packets_sent",
+    "derp_peer_gone_disconnected_frames",
     "derp_peer_gone_not_here_frames",
     "derp_sent_pong",
     "derp_total_dup_client_conns",

@@ -1,4 +1,4 @@
-"""Metrics: the text format, and the names that stock derper's dashboards use."""
+"""What a relay exports, and how its counters count."""
 
 from __future__ import annotations
 
@@ -9,63 +9,24 @@ from pathlib import Path
 
 import pytest
 
+from derper import metrics
 from derper.config import parse_flags
-from derper.metrics import Metric, collect, counter, gauge, render
-from derper.relay.counters import Counters, DropReason
+from derper.net.roundtrips import RoundTrips
+from derper.net.sockets import TCPInfo
+from derper.relay.counters import MAX_RUN, Counters, DropReason, Histogram
 from derper.server import Relay
 from derper.wire import frames
 
+from ..stock_metrics import STOCK, families
+from .core import Bench
 from .loopback import RawClient, private, until
 
-# derpserver.go, ExpVar, and tsweb/varz: the dots of expvar become underscores.
-STOCK = {
-    "derp_accepts",
-    "derp_average_queue_duration_ms",
-    "derp_bytes_received",
-    "derp_bytes_sent",
-    "derp_clients_local",
-    "derp_clients_remote",
-    "derp_clients_total",
-    "derp_current_connections",
-    "derp_current_dup_client_conns",
-    "derp_current_dup_client_keys",
-    "derp_current_home_connections",
-    "derp_current_notideal_connections",
-    "derp_got_ping",
-    "derp_home_moves_in",
-    "derp_home_moves_out",
-    "derp_multiforwarder_created",
-    "derp_multiforwarder_deleted",
-    "derp_packet_forwarder_delete_other_value",
-    "derp_packets_forwarded_in",
-    "derp_packets_forwarded_out",
-    "derp_packets_received",
-    "derp_packets_sent",
-    "derp_peer_gone_disconnected_frames",
-    "derp_peer_gone_not_here_frames",
-    "derp_sent_pong",
-    "derp_unknown_frames",
-    "derp_watchers",
+# tests/interop/test_metrics.py has the rest.
+NOT_WITHOUT_TLS = {
+    "derper_tls_request_version",
+    "tls_listener_accepted_connections",
+    "tls_listener_rejected_connections",
 }
-
-
-@pytest.mark.parametrize(
-    ("metric", "text"),
-    [
-        (counter("a", 3), "# TYPE a counter\na 3\n"),
-        (gauge("a", 0.5), "# TYPE a gauge\na 0.5\n"),
-        (counter("a", 12345678), "# TYPE a counter\na 12345678\n"),
-        (counter("a", 2**53), f"# TYPE a counter\na {2**53}\n"),
-        (Metric("a", "gauge"), "# TYPE a gauge\n"),
-        (
-            Metric("a", "counter", [({"x": "1", "y": 'q"\\\n'}, 12345678), ({}, 1)]),
-            '# TYPE a counter\na{x="1",y="q\\"\\\\\\n"} 12345678\na 1\n',
-        ),
-        (Metric("a", "gauge", [({"x": "1"}, 1795392000.5)]), '# TYPE a gauge\na{x="1"} 1795392000.5\n'),
-    ],
-)
-def test_text_format(metric: Metric, text: str) -> None:
-    assert render([metric]) == text
 
 
 async def test_what_a_relay_exports(tmp_path: Path) -> None:
@@ -80,12 +41,15 @@ async def test_what_a_relay_exports(tmp_path: Path) -> None:
     client.send(frames.send_packet(alice.public, b"hello"), frames.send_packet(private(2).public, b"lost"))
     client.send(frames.ping(b"12345678"))
     await until(lambda: relay.hub is not None and relay.hub.counters.got_ping)
-    text = render(collect(relay))
-    names = set(re.findall(r"^# TYPE (\S+) (?:counter|gauge)$", text, re.MULTILINE))
-    assert names >= STOCK
-    assert len(names) == text.count("# TYPE"), "every name once"
+    text = metrics.text(relay)
+    found = families(text)
+    assert found.keys() >= STOCK.keys() - NOT_WITHOUT_TLS
+    for name in STOCK.keys() & found.keys():
+        assert found[name].kind == STOCK[name].kind, name
+    typed = re.findall(r"^# TYPE (\S+) ", text, re.MULTILINE)
+    assert len(typed) == len(set(typed)), "every name once"
     for line in text.splitlines():
-        assert re.fullmatch(r'# TYPE \S+ (counter|gauge)|[a-z_0-9]+(\{([a-z]+="[^"]*",?)+\})? -?[0-9.e+-]+', line), line
+        assert re.fullmatch(r'# (TYPE|HELP) .+|[a-z_0-9]+(\{([a-z]+="[^"]*",?)+\})? -?[0-9.e+-]+', line), line
     for expected in (
         "derper_ready 1",
         "derp_accepts 1",
@@ -97,6 +61,9 @@ async def test_what_a_relay_exports(tmp_path: Path) -> None:
         'derp_packets_dropped{reason="unknown_dest",kind="other"} 1',
         'derp_bytes_dropped{reason="unknown_dest",kind="other"} 4',
         'derp_packets_received_kind{kind="other"} 2',
+        "derp_buffered_write_frames_sum 2",
+        'stun_requests{disposition="read_error"} 0',
+        'stun_addrfamily{family="ipv6"} 0',
     ):
         assert expected in text.splitlines()
     await client.close()
@@ -115,5 +82,110 @@ def test_every_reason_to_drop_is_exported_from_the_start() -> None:
 def test_time_in_queues_is_a_moving_average() -> None:
     counters = Counters()
     for _ in range(2):
-        counters.queued(1.0)
+        counters.queued(1.0, sent=False)
     assert counters.average_queue_duration == pytest.approx(190.0)
+    counters.queued(0.0009, sent=True)  # whole milliseconds, as stock derper
+    counters.packets_sent += 1
+    assert counters.average_queue_duration == pytest.approx(171.0)
+
+
+def test_packets_that_need_not_queue_bring_the_average_down() -> None:
+    counters = Counters()
+    counters.queued(1.0, sent=True)
+    counters.packets_sent += 1
+    counters.packets_sent += 2
+    assert counters.average_queue_duration == pytest.approx(81.0)
+    counters.queued(1.0, sent=False)
+    assert counters.average_queue_duration == pytest.approx(0.9 * 81 + 100)
+
+
+def test_histogram_counts_up_to_and_including_each_bound() -> None:
+    histogram = Histogram((1, 5))
+    for value in (0, 1, 2, 5, 6):
+        histogram.observe(value)
+    assert list(histogram.cumulative()) == [("1", 2), ("5", 4), ("+Inf", 5)]
+    assert (histogram.sum, histogram.count) == (14, 5)
+
+
+def test_how_many_frames_are_written_at_once() -> None:
+    bench = Bench()
+    alice, bob = bench.client(1), bench.client(2)
+    alice.feed(frames.send_packet(bob.session.key, bytes(40)) * 3)
+    alice.feed(frames.send_packet(bob.session.key, bytes(40)) * (MAX_RUN + 5))
+    alice.feed(frames.ping(b"12345678"))
+    histogram = bench.counters.buffered_write_frames()
+    assert histogram.sum == 3 + MAX_RUN + 5 + 1
+    buckets = dict(histogram.cumulative())
+    assert (buckets["0"], buckets["1"], buckets["2"], buckets["3"], buckets["100"], buckets["+Inf"]) == (
+        0,
+        1,
+        1,
+        2,
+        2,
+        3,
+    )
+
+
+def test_what_waited_is_written_at_once() -> None:
+    bench = Bench()
+    alice, bob = bench.client(1), bench.client(2)
+    bob.session.pause(0.0)
+    alice.feed(frames.send_packet(bob.session.key, b"x" * 40) * 4)
+    bob.feed(frames.ping(b"12345678"))
+    assert bench.counters.buffered_write_frames().count == 0
+    bob.session.resume(0.0)
+    histogram = bench.counters.buffered_write_frames()
+    assert (histogram.sum, histogram.count, dict(histogram.cumulative())["4"]) == (5, 1, 0)
+
+
+def test_watchers_are_counted_as_told() -> None:
+    """Of each departure, too, but not of their own: they are gone."""
+    bench = Bench()
+    watchers = [bench.client(n, mesh=True) for n in (1, 2)]
+    client = bench.client(3)
+    for watcher in watchers:
+        watcher.feed(frames.watch_conns())
+    counters = bench.counters
+    assert (counters.mesh_update_batch_size.count, counters.mesh_update_batch_size.sum) == (2, 6)
+    bench.router.unregister(client.session)
+    assert counters.peer_gone_disconnected_frames == 2
+    bench.router.unregister(watchers[0].session)
+    assert counters.peer_gone_disconnected_frames == 3
+    assert (counters.mesh_update_batch_size.count, counters.mesh_update_batch_size.sum) == (5, 9)
+    assert counters.mesh_update_loop_count.count == counters.mesh_update_loop_count.sum == 5
+
+
+class FakeLink:
+    """A link with a round-trip time."""
+
+    def __init__(self, round_trip: float | None) -> None:
+        self.round_trip = round_trip
+
+    def tcp_info(self) -> TCPInfo | None:
+        return None if self.round_trip is None else TCPInfo(self.round_trip, 0, 0)
+
+
+def test_round_trips_are_sampled_every_ten_seconds() -> None:
+    counters = Counters()
+    trips = RoundTrips(counters)
+    links = [FakeLink(seconds) for seconds in (0.01, 0.02, 0.3, 0.6, None)]
+    for link in links:
+        trips.follow(link, 100.0)  # type: ignore[arg-type]
+    assert counters.tcp_rtt == {"non-tcp": 1}
+    trips.sample(109.9)
+    assert counters.tcp_rtt == {"non-tcp": 1}
+    trips.sample(110.0)
+    assert counters.tcp_rtt == {"non-tcp": 1, "10ms": 1, "20ms": 1, "500ms": 1, "inf": 1}
+    links[0].round_trip = None  # it has left
+    trips.sample(120.0)
+    trips.sample(130.0)
+    assert counters.tcp_rtt == {"non-tcp": 1, "10ms": 1, "20ms": 3, "500ms": 3, "inf": 3}
+
+
+def test_round_trips_can_be_left_alone() -> None:
+    counters = Counters()
+    trips = RoundTrips(counters)
+    trips.enabled = False
+    trips.follow(FakeLink(0.01), 100.0)  # type: ignore[arg-type]
+    trips.sample(110.0)
+    assert not counters.tcp_rtt

@@ -1,0 +1,55 @@
+"""Samples of the clients' TCP round-trip times, one of each client every ten seconds (derpserver_linux.go)."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from ..relay.counters import Counters
+
+if TYPE_CHECKING:
+    from .link import Link
+
+__all__ = ["RoundTrips"]
+
+_INTERVAL: Final = 10.0  # seconds
+_BOUNDS: Final = {
+    0.010: "10ms",
+    0.020: "20ms",
+    0.050: "50ms",
+    0.100: "100ms",
+    0.150: "150ms",
+    0.250: "250ms",
+    0.5: "500ms",
+}
+
+
+class RoundTrips:
+    """Counts into `Counters.tcp_rtt`.  `enabled` may be set to false at the start."""
+
+    def __init__(self, counters: Counters) -> None:
+        self.enabled = True
+        self._counters = counters
+        self._due: deque[tuple[float, Link]] = deque()  # all have the same interval: the next one is in front
+
+    def follow(self, link: Link, now: float) -> None:
+        """A client logged in.  It is forgotten by itself when its link is closed."""
+        if not self.enabled:
+            return
+        if link.tcp_info() is None:
+            self._counters.tcp_rtt["non-tcp"] += 1
+        else:
+            self._due.append((now + _INTERVAL, link))
+
+    def sample(self, now: float) -> None:
+        """Measure those whose turn it is."""
+        while self._due and self._due[0][0] <= now:
+            _, link = self._due.popleft()
+            info = link.tcp_info()
+            if info is not None:
+                self._counters.tcp_rtt[_label(info.round_trip)] += 1
+                self._due.append((now + _INTERVAL, link))
+
+
+def _label(seconds: float) -> str:
+    return next((label for bound, label in _BOUNDS.items() if seconds <= bound), "inf")
