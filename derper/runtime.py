@@ -6,14 +6,10 @@ import asyncio
 import logging
 import resource
 import signal
-import sys
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from sys import UnraisableHookArgs
-
-__all__ = ["raise_file_limit", "report_unraisable", "run", "set_up_logging", "stop_signals"]
+__all__ = ["raise_file_limit", "run", "set_up_logging", "stop_signals"]
 
 
 def stop_signals() -> asyncio.Event:
@@ -41,16 +37,6 @@ def set_up_logging() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%Y/%m/%d %H:%M:%S")
     # Its warnings are about each write to a client that is just going: under traffic that is a flood.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
-    sys.unraisablehook = report_unraisable
-
-
-def report_unraisable(problem: UnraisableHookArgs) -> None:
-    """Python's own report, but not about a name in SNI that is not ASCII: ssl cannot raise it, and anybody can send it.
-
-    The handshake fails all the same.
-    """
-    if not (isinstance(problem.exc_value, UnicodeDecodeError) and isinstance(problem.object, bytes)):
-        sys.__unraisablehook__(problem)
 
 
 def raise_file_limit() -> None:

@@ -16,6 +16,7 @@ import logging
 import math
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -161,7 +162,7 @@ class Relay:
             self.hub = Hub(state.private_key, self._admission, rng=self._rng)
             self.mesh = Mesh(self.hub, rng=self._rng)
             self.hub.mesh_peer_seen = self.mesh.seen
-            self.tls = ServerTLS(state.private_key.public.hex())
+            self.tls = ServerTLS(state.private_key.public.hex(), names_only=not self.config.settings)
             self.hub.start()
         if self.hub is None:
             return
@@ -211,9 +212,9 @@ class Relay:
 
     def _open_port(self, port: int, flag: str, reception: Reception, *, tls: bool) -> Listener:
         """Listen for those who go to `reception`.  Raises `StartError`; `flag` is what can choose another port."""
-        host, context = self.config.listen_host, self._context if tls else None
+        host, choose = self.config.listen_host, self.tls.choose if tls and self.tls is not None else None
         try:
-            return Listener.listen(host, port, lambda: Doorman(reception), context=context, options=self._options)
+            return Listener.listen(host, port, partial(Doorman, reception), choose=choose, options=self._options)
         except OSError as error:
             raise StartError(_cannot_listen("TCP", host, port, error, flag)) from None
 
@@ -238,9 +239,6 @@ class Relay:
             if self.config.status_socket:
                 raise StartError(text) from None
             log.warning("%s", text)  # nobody has asked for it: a second relay on this machine, perhaps
-
-    def _context(self) -> Any:
-        return self.tls.context if self.tls is not None else None
 
     def _accept_limit(self) -> TokenBucket | None:
         limits = self.state.limits

@@ -53,12 +53,13 @@ class _Head:
 
 
 class Doorman(asyncio.Protocol):
-    """Reads at most `HEAD_BYTES` within `HEAD_SECONDS`."""
+    """Reads at most `HEAD_BYTES` within `HEAD_SECONDS`.  `remote` is the client that a proxy named, if one did."""
 
-    __slots__ = ("_head", "_reception", "_timer", "_transport")
+    __slots__ = ("_head", "_reception", "_remote", "_timer", "_transport")
 
-    def __init__(self, reception: Reception) -> None:
+    def __init__(self, reception: Reception, remote: Remote | None = None) -> None:
         self._reception = reception
+        self._remote = remote
         self._head = bytearray()
         self._transport: asyncio.Transport
         self._timer: asyncio.TimerHandle | None = None
@@ -99,7 +100,7 @@ class Doorman(asyncio.Protocol):
         if hub.draining:  # it came before the port was closed, and would only have to go again
             self._transport.abort()
             return
-        link = Link(hub, remote_of(self._transport), not_ideal=bool(head.ideal_node))
+        link = Link(hub, self._remote or remote_of(self._transport), not_ideal=bool(head.ideal_node))
         greeting = b"" if head.fast_start else _switching(hub)
         link.take_over(self._transport, greeting, early)
 

@@ -1,4 +1,11 @@
-"""Accepting connections: a limit on new ones, socket options, TLS, then the doorman."""
+"""Accepting connections: a limit on new ones, socket options, the proxy's word, TLS, then the doorman.
+
+::
+
+    accepted --> [ PROXY header, from trusted proxies ] --> [ client hello ] --> [ TLS handshake ] --> doorman
+
+The first two are looked at before TLS starts, so that it starts with the right context and refusals are ours.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +15,35 @@ import math
 import socket
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, TypeVar
 
 from ..relay.limits import TokenBucket
+from ..relay.session import Remote
+from ..wire import clienthello
+from ..wire import proxy as proxy_header
+from ..wire.clienthello import ClientHello, HelloError
+from ..wire.errors import ProtocolError
+from ..wire.proxy import ProxyHeader
 from .doorman import HEAD_SECONDS
+from .peek import Peek
+from .proxy import Proxies, remote_from
 from .sockets import bind
 
 __all__ = ["Listener", "SocketOptions"]
 
 log = logging.getLogger("derper")
 
+_T = TypeVar("_T")
+
+Factory = Callable[[Remote | None], asyncio.Protocol]
+"""Makes a connection's first protocol; it is told which client a proxy spoke of, if one did."""
+
 _BACKLOG: Final = 1024
 _ACCEPTS_AT_ONCE: Final = 64
-_HANDSHAKES_AT_ONCE: Final = 2000
-_HANDSHAKE_GRACE: Final = 5.0  # seconds; one that takes longer gives way when there are too many
+_ARRIVALS_AT_ONCE: Final = 2000
+_ARRIVAL_GRACE: Final = 5.0  # seconds; one that takes longer gives way when there are too many
 _OUT_OF_FILES_PAUSE: Final = 0.5  # seconds
 
 
@@ -46,46 +67,68 @@ class SocketOptions:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self.user_timeout * 1000))
 
 
+@dataclass(slots=True, eq=False)
+class _Arrival:
+    """A connection between `accept` and the doorman."""
+
+    sock: socket.socket
+    peer: tuple[Any, ...]
+    since: float
+    remote: Remote | None = None  #: whom a proxy spoke of
+    step: Peek[Any] | asyncio.Task[None] | None = None
+    in_tls: bool = False  #: the socket is a transport's now, which closes it
+
+    def give_up(self) -> None:
+        """Close it, whatever it is waiting for."""
+        if self.step is not None:
+            self.step.cancel()
+        if not self.in_tls:
+            self.sock.close()
+
+
 class Listener:
     """One listening TCP socket.
 
-    `context` is asked at each connection, so that certificates can change; None for plain HTTP.  `limit` may
-    be replaced at any time.
+    `choose` gives the TLS context for a client hello, or raises `HelloError`; None for plain HTTP.  `limit` and
+    `proxies` may be replaced at any time.
     """
 
     def __init__(
         self,
         sock: socket.socket,
-        protocol: Callable[[], asyncio.Protocol],
+        factory: Factory,
         *,
-        context: Callable[[], ssl.SSLContext | None] | None,
+        choose: Callable[[ClientHello], ssl.SSLContext] | None,
         options: SocketOptions,
     ) -> None:
         self._sock = sock
-        self._protocol = protocol
-        self._context = context
+        self._factory = factory
+        self._choose = choose
         self._options = options
         self._loop = asyncio.get_running_loop()
-        self._handshakes: dict[asyncio.Task[None], float] = {}  # and when it began, the oldest first
+        self._arrivals: dict[_Arrival, None] = {}  # the oldest first
+        self._sweeper: asyncio.TimerHandle | None = None
         self.limit: TokenBucket | None = None
+        self.proxies = Proxies()
         self.accepted = 0
         self.rejected = 0
         self.tls_errors = 0
+        self.proxy_errors = 0
 
     @classmethod
     def listen(
         cls,
         host: str,
         port: int,
-        protocol: Callable[[], asyncio.Protocol],
+        factory: Factory,
         *,
-        context: Callable[[], ssl.SSLContext | None] | None,
+        choose: Callable[[ClientHello], ssl.SSLContext] | None,
         options: SocketOptions,
     ) -> Listener:
         """Bind and start to accept.  Raises OSError."""
         sock = bind(host, port, socket.SOCK_STREAM)
         sock.listen(_BACKLOG)
-        listener = cls(sock, protocol, context=context, options=options)
+        listener = cls(sock, factory, choose=choose, options=options)
         listener._loop.add_reader(sock.fileno(), listener._accept)
         return listener
 
@@ -99,13 +142,18 @@ class Listener:
         if self._sock.fileno() >= 0:
             self._loop.remove_reader(self._sock.fileno())
             self._sock.close()
-        for task in tuple(self._handshakes):
-            task.cancel()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for arrival in self._arrivals:
+            arrival.give_up()
+        self._arrivals.clear()
+
+    # -- accepting ---------------------------------------------------------------------------------------------
 
     def _accept(self) -> None:
         for _ in range(_ACCEPTS_AT_ONCE):
             try:
-                conn, _address = self._sock.accept()
+                conn, address = self._sock.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
@@ -116,20 +164,19 @@ class Listener:
                 conn.close()
                 continue
             self.accepted += 1
-            self._welcome(conn)
+            self._welcome(conn, address)
 
     def _refused(self) -> bool:
-        if len(self._handshakes) >= _HANDSHAKES_AT_ONCE and not self._give_up_oldest():
+        if len(self._arrivals) >= _ARRIVALS_AT_ONCE and not self._give_up_oldest():
             return True
         return self.limit is not None and not self.limit.allow(self._loop.time())
 
     def _give_up_oldest(self) -> bool:
         """Make room: who connects and says nothing must not keep out those who do, nor a rush spoil its own work."""
-        task, since = next(iter(self._handshakes.items()))
-        if self._loop.time() - since < _HANDSHAKE_GRACE:
+        oldest = next(iter(self._arrivals))
+        if self._loop.time() - oldest.since < _ARRIVAL_GRACE:
             return False
-        del self._handshakes[task]
-        task.cancel()
+        self._drop(oldest)
         self.rejected += 1
         return True
 
@@ -144,25 +191,107 @@ class Listener:
         if self._sock.fileno() >= 0:
             self._loop.add_reader(self._sock.fileno(), self._accept)
 
-    def _welcome(self, conn: socket.socket) -> None:
+    def _welcome(self, conn: socket.socket, address: tuple[Any, ...]) -> None:
         conn.setblocking(False)
         self._options.apply(conn)
-        task = self._loop.create_task(self._handshake(conn))
-        self._handshakes[task] = self._loop.time()
-        task.add_done_callback(lambda task: self._handshakes.pop(task, None))
+        arrival = _Arrival(conn, address, self._loop.time())
+        self._arrivals[arrival] = None
+        if self._sweeper is None:
+            self._sweeper = self._loop.call_later(HEAD_SECONDS, self._sweep)
+        if self.proxies.protocol and self.proxies.trusts(remote_from(address).ip):
+            self._peek(arrival, proxy_header.parse, proxy_header.MAX_BYTES, self._introduced)
+        else:
+            self._ask_for_hello(arrival)
 
-    async def _handshake(self, conn: socket.socket) -> None:
-        """TLS; the doorman takes over from there."""
-        context = None
-        if self._context is not None:
-            context = self._context()
-            if context is None:
-                conn.close()
+    def _sweep(self) -> None:
+        """Give up those that took too long."""
+        self._sweeper = None
+        now = self._loop.time()
+        for arrival in tuple(self._arrivals):
+            if now - arrival.since < HEAD_SECONDS:
+                self._sweeper = self._loop.call_later(arrival.since + HEAD_SECONDS - now, self._sweep)
                 return
-        timeout = HEAD_SECONDS if context is not None else None
+            self.tls_errors += 1
+            self._drop(arrival)
+
+    def _drop(self, arrival: _Arrival) -> None:
+        self._arrivals.pop(arrival, None)
+        arrival.give_up()
+
+    # -- from accept to the doorman ----------------------------------------------------------------------------
+
+    def _peek(
+        self,
+        arrival: _Arrival,
+        parse: Callable[[bytes], _T | int],
+        most: int,
+        done: Callable[[_Arrival, _T], None],
+    ) -> None:
+        peek = Peek(
+            self._loop,
+            arrival.sock,
+            parse,
+            most,
+            lambda found: done(arrival, found),
+            lambda error: self._turn_away(arrival, error),
+        )
+        arrival.step = peek
+        peek.look()
+
+    def _introduced(self, arrival: _Arrival, header: ProxyHeader) -> None:
+        """A proxy said who its client is."""
+        arrival.sock.recv(header.size)
+        if header.source is not None:
+            arrival.remote = Remote(*header.source)
+        self._ask_for_hello(arrival)
+
+    def _ask_for_hello(self, arrival: _Arrival) -> None:
+        if self._choose is None:
+            self._start(arrival, None)
+        else:
+            self._peek(arrival, clienthello.parse, clienthello.MAX_BYTES, self._greeted)
+
+    def _greeted(self, arrival: _Arrival, hello: ClientHello) -> None:
+        assert self._choose is not None
         try:
-            await self._loop.connect_accepted_socket(self._protocol, conn, ssl=context, ssl_handshake_timeout=timeout)
+            context = self._choose(hello)
+        except HelloError as error:
+            self._turn_away(arrival, error)
+        else:
+            self._start(arrival, context)
+
+    def _turn_away(self, arrival: _Arrival, error: Exception) -> None:
+        """It ends before TLS began."""
+        if isinstance(error, HelloError):
+            self._say_no(arrival.sock, error.answer)
+        if isinstance(error, ProtocolError) and not isinstance(error, HelloError):
+            self.proxy_errors += 1
+            log.warning("%s is a trusted proxy, but %s", remote_from(arrival.peer).ip, error)
+        else:
+            self.tls_errors += 1
+            log.debug("TLS handshake failed: %s", error)
+        self._drop(arrival)
+
+    @staticmethod
+    def _say_no(sock: socket.socket, answer: bytes) -> None:
+        with suppress(OSError):
+            sock.recv(clienthello.MAX_BYTES)  # who closes on unread bytes resets the connection, and the answer is lost
+            sock.send(answer)
+
+    def _start(self, arrival: _Arrival, context: ssl.SSLContext | None) -> None:
+        arrival.step = self._loop.create_task(self._handshake(arrival, context))
+
+    async def _handshake(self, arrival: _Arrival, context: ssl.SSLContext | None) -> None:
+        """TLS; the doorman takes over from there."""
+        arrival.in_tls = True
+        timeout = None if context is None else max(arrival.since + HEAD_SECONDS - self._loop.time(), 0.001)
+        try:
+            await self._loop.connect_accepted_socket(
+                lambda: self._factory(arrival.remote), arrival.sock, ssl=context, ssl_handshake_timeout=timeout
+            )
         except (OSError, ssl.SSLError) as error:  # TimeoutError is an OSError
             self.tls_errors += 1
             log.debug("TLS handshake failed: %s", error)
-            conn.close()
+            arrival.sock.close()
+        finally:
+            self._arrivals.pop(arrival, None)

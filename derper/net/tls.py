@@ -1,4 +1,4 @@
-"""The server's TLS contexts: one per certificate, chosen by the name the client asks for (SNI).
+"""The server's TLS contexts: one per certificate, chosen by the name the client asks for (SNI) before TLS starts.
 
 Each certificate is followed by the meta certificate, which carries the relay's public key: clients that see
 it skip a round trip (fast start).  Connections made before a reload keep the certificate they began with.
@@ -13,14 +13,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from .. import certs
 from ..certs import CertificatePair
+from ..wire.clienthello import ClientHello, check_offer, refused_name
 
 __all__ = ["ServedCertificate", "ServerTLS", "check_usable", "utc_now"]
+
+_ALPN: Final = (b"http/1.1",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,23 +38,31 @@ class ServedCertificate:
 
 
 class ServerTLS:
-    """Answers SNI.  `context` is what new connections start with; `load` replaces the certificates.
+    """The certificates in force: `choose` takes one for a new connection, `load` replaces them.
 
-    A client without SNI gets the first certificate.  One that asks for an unknown name gets it too if that
-    certificate is for an IP address (as stock derper), otherwise the handshake is refused.
+    A client without SNI gets the first certificate, unless `names_only` says that it must name one, as stock derper
+    with a host name wants it.  One that asks for an unknown name gets the first certificate too if that is for an IP
+    address (as stock derper), otherwise it is refused.
     """
 
-    def __init__(self, server_key_hex: str) -> None:
+    def __init__(self, server_key_hex: str, *, names_only: bool = False) -> None:
         self._server_key_hex = server_key_hex
+        self._names_only = names_only
         self._by_name: dict[str, ssl.SSLContext] = {}
         self._serve_unknown = False
         self.certificates: tuple[ServedCertificate, ...] = ()
         self.meta_expires: datetime | None = None
 
-    @property
-    def context(self) -> ssl.SSLContext | None:
-        """The context to accept with; None while there is no certificate."""
-        return self.certificates[0].context if self.certificates else None
+    def choose(self, hello: ClientHello) -> ssl.SSLContext:
+        """The context for the client that sent `hello`.  Raises `clienthello.HelloError`."""
+        check_offer(hello, _ALPN)
+        name = hello.server_name.lower()
+        context = self._by_name.get(name) or self._by_name.get("*." + name.partition(".")[2])
+        if context is not None:
+            return context
+        if self.certificates and (self._serve_unknown or not (name or self._names_only)):
+            return self.certificates[0].context
+        raise refused_name(hello)
 
     def load(self, pairs: Sequence[CertificatePair], now: datetime) -> None:
         """Serve these certificates from now on, the first one by default.
@@ -76,25 +88,14 @@ class ServerTLS:
     def _serve(self, pair: CertificatePair, meta: x509.Certificate) -> ServedCertificate:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.set_alpn_protocols(["http/1.1"])
+        context.set_alpn_protocols([protocol.decode() for protocol in _ALPN])
         # As Go's servers: the client knows whether it has AES in hardware, and which suite is fast for it.
         context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE
         context.num_tickets = 0  # clients do not resume, and a ticket costs each connection a write
-        context.sni_callback = self._choose
         chain = pair.cert_pem.rstrip() + b"\n" + meta.public_bytes(Encoding.PEM)
         _load_chain(context, chain, pair.key_pem, "the certificate")
         leaf = pair.leaf
         return ServedCertificate(certs.names(leaf), certs.pin(leaf), leaf.not_valid_after_utc, context)
-
-    def _choose(self, connection: ssl.SSLObject, name: str | None, _context: ssl.SSLContext) -> int | None:
-        if name is None:
-            return None
-        wanted = name.lower().rstrip(".")
-        context = self._by_name.get(wanted) or self._by_name.get("*." + wanted.partition(".")[2])
-        if context is not None:
-            connection.context = context
-            return None
-        return None if self._serve_unknown else ssl.AlertDescription.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
 
 
 def check_usable(pair: CertificatePair, source: str) -> None:

@@ -7,7 +7,7 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from aiohttp import web
@@ -156,8 +156,8 @@ async def relay(
     await runner.setup()
     assert runner.server is not None
     reception = Reception(hub, connections(runner.server, 30.0), serve_derp=serve_derp)
-    context = (lambda: server_tls.context) if tls else None
-    listener = Listener.listen("127.0.0.1", 0, lambda: Doorman(reception), context=context, options=SocketOptions())
+    choose = server_tls.choose if tls else None
+    listener = Listener.listen("127.0.0.1", 0, partial(Doorman, reception), choose=choose, options=SocketOptions())
     running = LoopbackRelay(hub, listener, server_tls, problems)
     try:
         yield running

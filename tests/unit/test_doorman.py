@@ -314,7 +314,7 @@ async def test_a_body_that_comes_later_reaches_its_handler() -> None:
     await runner.setup()
     async with relay() as node:
         reception = doorman.Reception(node.hub, runner.server)  # type: ignore[arg-type]
-        node.listener._protocol = lambda: doorman.Doorman(reception)
+        node.listener._factory = lambda remote: doorman.Doorman(reception, remote)
         client = await node.connect()
         client.send(b"POST /keep HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n12345")
         await until(lambda: runner.server is not None and runner.server.connections)

@@ -41,7 +41,7 @@ async def test_garbage_instead_of_tls(node: LoopbackRelay, garbage: bytes) -> No
     client = await node.connect()
     client.send(garbage)
     await client.rest()
-    await until(lambda: not node.listener._handshakes)
+    await until(lambda: not node.listener._arrivals)
     assert node.listener.tls_errors == 1
     assert not node.hub.links
 
@@ -50,7 +50,7 @@ async def test_who_says_nothing_is_dropped(node: LoopbackRelay, monkeypatch: pyt
     monkeypatch.setattr(listener_module, "HEAD_SECONDS", 0.02)
     client = await node.connect()
     assert await client.rest() == b""
-    await until(lambda: not node.listener._handshakes)
+    await until(lambda: not node.listener._arrivals)
     assert node.listener.tls_errors == 1
 
 
@@ -59,7 +59,7 @@ async def test_who_leaves_in_the_handshake(node: LoopbackRelay) -> None:
     client.send(b"\x16\x03\x01")
     await client.close()
     await until(lambda: node.listener.tls_errors)
-    assert not node.listener._handshakes
+    assert not node.listener._arrivals
 
 
 async def test_failed_handshakes_leave_no_descriptors(node: LoopbackRelay) -> None:
@@ -90,14 +90,15 @@ async def test_the_accept_limit(node: LoopbackRelay) -> None:
 
 
 async def test_without_a_certificate_nobody_is_served(node: LoopbackRelay) -> None:
-    node.tls.certificates = ()
-    assert await (await node.connect()).rest() == b""
+    node.tls.load([], datetime.now(UTC))
+    with pytest.raises(ssl.SSLError, match="INTERNAL_ERROR"):
+        await node.connect(ssl=trusting())
 
 
 async def test_closing_refuses_new_connections_and_keeps_the_old(node: LoopbackRelay) -> None:
     served = await node.connect(ssl=trusting())
     waiting = await node.connect()
-    await until(lambda: node.listener._handshakes)
+    await until(lambda: node.listener._arrivals)
     port = node.listener.port
     node.listener.close()
     node.listener.close()
@@ -106,25 +107,25 @@ async def test_closing_refuses_new_connections_and_keeps_the_old(node: LoopbackR
     assert await waiting.rest() == b""
     served.send(b"GET /robots.txt HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     assert (await served.rest()).startswith(b"HTTP/1.1 200 ")
-    assert not node.listener._handshakes
+    assert not node.listener._arrivals
 
 
 async def test_too_many_handshakes_at_once(node: LoopbackRelay, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener_module, "_HANDSHAKES_AT_ONCE", 1)
+    monkeypatch.setattr(listener_module, "_ARRIVALS_AT_ONCE", 1)
     first = await node.connect()
-    await until(lambda: node.listener._handshakes)
+    await until(lambda: node.listener._arrivals)
     assert await (await node.connect()).rest() == b""
     await first.close()
-    await until(lambda: not node.listener._handshakes)
+    await until(lambda: not node.listener._arrivals)
     await node.connect(ssl=trusting())
     assert node.listener.rejected == 1
 
 
 async def test_a_silent_client_gives_way(node: LoopbackRelay, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener_module, "_HANDSHAKES_AT_ONCE", 1)
-    monkeypatch.setattr(listener_module, "_HANDSHAKE_GRACE", 0.0)
+    monkeypatch.setattr(listener_module, "_ARRIVALS_AT_ONCE", 1)
+    monkeypatch.setattr(listener_module, "_ARRIVAL_GRACE", 0.0)
     silent = await node.connect()
-    await until(lambda: node.listener._handshakes)
+    await until(lambda: node.listener._arrivals)
     before = len(os.listdir("/proc/self/fd"))
     await node.connect(ssl=trusting())
     assert await silent.rest() == b""
@@ -163,8 +164,8 @@ async def test_socket_options() -> None:
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             accepted.append(transport.get_extra_info("socket"))
 
-    listener = Listener.listen("127.0.0.1", 0, Keep, context=None, options=SocketOptions(600.0, 15.0))
-    plain = Listener.listen("127.0.0.1", 0, Keep, context=None, options=SocketOptions(0.0, 0.0))
+    listener = Listener.listen("127.0.0.1", 0, lambda _: Keep(), choose=None, options=SocketOptions(600.0, 15.0))
+    plain = Listener.listen("127.0.0.1", 0, lambda _: Keep(), choose=None, options=SocketOptions(0.0, 0.0))
     writers = []
     for one in (listener, plain):
         _, writer = await asyncio.open_connection("127.0.0.1", one.port)
@@ -232,7 +233,7 @@ async def test_a_context_that_changes_between_connections() -> None:
     """The listener asks for it each time."""
     tls = ServerTLS(private(1).public.hex())
     tls.load([pair_for(HOST_NAME)], datetime.now(UTC))
-    listener = Listener.listen("127.0.0.1", 0, asyncio.Protocol, context=lambda: tls.context, options=SocketOptions())
+    listener = Listener.listen("127.0.0.1", 0, lambda _: asyncio.Protocol(), choose=tls.choose, options=SocketOptions())
     seen = []
     for pair in (pair_for(HOST_NAME), pair_for("other.derp.internal")):
         tls.load([pair], datetime.now(UTC))

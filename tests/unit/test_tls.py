@@ -12,10 +12,13 @@ from derper import certs
 from derper.certs import CertificateError, CertificatePair
 from derper.client import presented_certificates
 from derper.net.tls import ServerTLS
+from derper.wire import clienthello
+from derper.wire.clienthello import ClientHello, HelloError
 
 from .loopback import pair_for, private
 
 NOW = datetime.now(UTC)
+INTERNAL_ERROR = bytes.fromhex("15030300020250")
 KEY = private(0xF0).public.hex()
 FIRST, SECOND = pair_for("a-g1.derp.internal", "also-a.derp.internal"), pair_for("a-g2.derp.internal")
 WILD, ADDRESS = pair_for("*.example.com"), pair_for("127.0.0.1")
@@ -36,10 +39,14 @@ class Conversation:
         context.verify_mode = ssl.CERT_NONE
         context.minimum_version = context.maximum_version = version
         context.set_alpn_protocols(["h2", "http/1.1"])
-        assert tls.context is not None
         to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.client = context.wrap_bio(to_client, to_server, server_hostname=name)
-        self.server = tls.context.wrap_bio(to_server, to_client, server_side=True)
+        assert not self._done(self.client)
+        first = to_server.read()
+        to_server.write(first)
+        found = clienthello.parse(first)
+        assert isinstance(found, ClientHello)
+        self.server = tls.choose(found).wrap_bio(to_server, to_client, server_side=True)
 
     def handshake(self) -> Conversation:
         while not (self._done(self.client) & self._done(self.server)):
@@ -85,11 +92,27 @@ def test_the_name_selects_the_certificate(name: str | None, expected: Certificat
 
 @pytest.mark.parametrize("name", ["b.derp.internal", "example.com", "a.b.example.com"])
 def test_an_unknown_name_is_refused(name: str) -> None:
-    conversation = Conversation(serving(FIRST, WILD), name)
-    with pytest.raises(ssl.SSLError, match="CALLBACK_FAILED"):
-        conversation.handshake()
-    with pytest.raises(ssl.SSLError, match="TLSV1_UNRECOGNIZED_NAME"):  # what the client is told
-        conversation.client.do_handshake()
+    with pytest.raises(HelloError, match=f"there is no certificate for '{name}'") as caught:
+        Conversation(serving(FIRST, WILD), name)
+    assert caught.value.answer == INTERNAL_ERROR
+
+
+def test_a_name_may_be_demanded() -> None:
+    """As stock derper with a host name; in its self-signed mode it serves whoever comes."""
+    for pair, served in ((FIRST, False), (ADDRESS, True)):
+        tls = ServerTLS(KEY, names_only=True)
+        tls.load([pair], NOW)
+        if served:
+            assert leaf(tls, None) == pair.leaf
+            continue
+        with pytest.raises(HelloError, match="there is no certificate for ''"):
+            Conversation(tls, None)
+
+
+@pytest.mark.parametrize("name", ["\xff\xfe.example", "a-g1.derp.internal\0", "a\u0130"])
+def test_any_name_may_be_asked_for(name: str) -> None:
+    with pytest.raises(HelloError):
+        serving(FIRST).choose(ClientHello(name, (), (0x0304,)))
 
 
 def test_a_relay_for_an_address_serves_whoever_comes() -> None:
@@ -106,9 +129,10 @@ def test_both_versions(version: ssl.TLSVersion) -> None:
 
 
 def test_tls_1_1_is_refused() -> None:
-    context = serving(FIRST).context
-    assert context is not None
-    assert context.minimum_version == ssl.TLSVersion.TLSv1_2
+    tls = serving(FIRST)
+    assert tls.certificates[0].context.minimum_version == ssl.TLSVersion.TLSv1_2
+    with pytest.raises(HelloError, match="old versions"):
+        tls.choose(ClientHello("a-g1.derp.internal", (), (0x0302,)))
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
@@ -134,16 +158,15 @@ def test_a_reload_leaves_connections_alone() -> None:
     assert old.exchange() == b"hello"
     assert leaf(tls, None) == SECOND.leaf
     assert leaf(tls, "a-g2.derp.internal") == SECOND.leaf
-    with pytest.raises(ssl.SSLError):
+    with pytest.raises(HelloError):
         leaf(tls, "a-g1.derp.internal")
 
 
 def test_a_handshake_that_began_before_a_reload() -> None:
-    """The context it began with asks the newest names."""
     tls = serving(FIRST)
-    conversation = Conversation(tls, "a-g2.derp.internal")
+    conversation = Conversation(tls, "a-g1.derp.internal")
     tls.load([SECOND], NOW)
-    assert conversation.handshake().certificates[0] == SECOND.leaf
+    assert conversation.handshake().certificates[0] == FIRST.leaf
 
 
 def test_a_broken_pair_keeps_the_old_one() -> None:
@@ -156,7 +179,8 @@ def test_a_broken_pair_keeps_the_old_one() -> None:
 
 def test_without_a_certificate() -> None:
     tls = ServerTLS(KEY)
-    assert tls.context is None
+    with pytest.raises(HelloError, match="there is no certificate for ''"):
+        tls.choose(ClientHello("", (), (0x0304,)))
     assert tls.meta_expires is None
     assert not tls.valid(NOW)
 

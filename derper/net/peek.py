@@ -1,0 +1,111 @@
+"""Looking at the first bytes of a connection without taking them, until a parser has seen enough."""
+
+from __future__ import annotations
+
+import asyncio
+import select
+import socket
+from collections.abc import Callable
+from typing import Final, Generic, TypeVar
+
+from ..wire.errors import ProtocolError
+
+__all__ = ["Peek"]
+
+_T = TypeVar("_T")
+
+_PAUSE: Final = 0.05  # seconds; where a socket that has too few bytes counts as readable
+_OVER: Final = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
+
+
+class Peek(Generic[_T]):
+    """Calls `parse` with what a socket has received so far, up to `most` bytes, until it gives no number.
+
+    A number is how many bytes there must be before it is worth to ask again; the system wakes us no sooner
+    (SO_RCVLOWAT), so who sends byte by byte costs no more than others.  At the end `done` gets the result, or
+    `failed` the parser's ProtocolError, the socket's OSError or an EOFError.  The bytes are still there then.
+    """
+
+    __slots__ = ("_done", "_failed", "_loop", "_most", "_need", "_parse", "_pause", "_reading", "_sock", "_timer")
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        sock: socket.socket,
+        parse: Callable[[bytes], _T | int],
+        most: int,
+        done: Callable[[_T], None],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        self._loop = loop
+        self._sock = sock
+        self._parse = parse
+        self._most = most
+        self._done = done
+        self._failed = failed
+        self._need = 1
+        self._reading = False
+        self._pause = _PAUSE
+        self._timer: asyncio.TimerHandle | None = None
+
+    def look(self) -> None:
+        """Begin, and go on."""
+        self._timer = None
+        try:
+            data = self._sock.recv(self._most, socket.MSG_PEEK)
+            if not data:
+                raise EOFError("the client closed the connection")
+            found = self._parse(data)
+        except (BlockingIOError, InterruptedError):
+            self._watch()
+        except (ProtocolError, OSError, EOFError) as error:
+            self._stop()
+            self._failed(error)
+        else:
+            if isinstance(found, int):
+                self._wait(found)
+            else:
+                self._stop()
+                self._done(found)
+
+    def cancel(self) -> None:
+        """Look no more; neither `done` nor `failed` is called."""
+        self._stop()
+
+    def _wait(self, need: int) -> None:
+        """Until there are `need` bytes."""
+        if need == self._need:
+            self._rest()
+            return
+        self._need = need
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, need)
+        self._watch()
+
+    def _rest(self) -> None:
+        """Awake too soon: the other side has sent all it will, or the system does not count; do not spin."""
+        poll = select.poll()
+        poll.register(self._sock, _OVER)
+        if any(event & _OVER for _, event in poll.poll(0)):
+            self._stop()
+            self._failed(EOFError("the client closed the connection in the middle of its first message"))
+            return
+        self._ignore()
+        self._timer = self._loop.call_later(self._pause, self.look)
+        self._pause *= 2
+
+    def _watch(self) -> None:
+        if not self._reading:
+            self._reading = True
+            self._loop.add_reader(self._sock.fileno(), self.look)
+
+    def _ignore(self) -> None:
+        if self._reading:
+            self._reading = False
+            self._loop.remove_reader(self._sock.fileno())
+
+    def _stop(self) -> None:
+        self._ignore()
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._need != 1:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
