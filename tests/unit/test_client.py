@@ -342,7 +342,7 @@ def trusting(*pairs: CertificatePair) -> ssl.SSLContext:
         (HOST_NAME, "other.example.com", None),
         ("other.example.com", HOST_NAME, None),
         (HOST_NAME, "third.example.com", r"certificate is not for third\.example\.com; it is for "),
-        ("third.example.com", HOST_NAME, r"the server closed the connection$|(?i:unrecognized.name)"),
+        ("third.example.com", HOST_NAME, r"(?i:internal.error)"),
     ],
 )
 async def test_a_name_that_the_certificate_must_carry(
