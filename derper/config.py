@@ -305,10 +305,11 @@ def _check(config: Config) -> None:
     if config.settings:
         if not config.node:
             raise UsageError("-settings needs -node, the name of this relay in the settings file")
-        if config.mesh_with or config.verify_urls or config.admission_keys or config.rate_config:
+        admission = config.verify_clients or config.verify_urls or config.admission_keys
+        if config.mesh_with or admission or config.rate_config:
             raise UsageError(
-                "-settings says what -mesh-with, -verify-client-url, -admission-keys and -rate-config say;"
-                " use one or the other"
+                "-settings says what -mesh-with, -verify-clients, -verify-client-url, -admission-keys and -rate-config"
+                " say; use one or the other"
             )
         return
     if config.node:

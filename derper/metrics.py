@@ -22,6 +22,7 @@ from .expvar import Func, LabelMap, MultiLabelMap, Text, Tree, Value, varz
 from .relay.counters import DropReason
 
 if TYPE_CHECKING:
+    from .net.admission import Admission
     from .net.hub import Hub
     from .server import Relay
 
@@ -168,7 +169,28 @@ def _ours(relay: Relay) -> Tree:
     if relay.mesh is not None:
         links = relay.mesh.status().items()
         tree["gauge_mesh_link_up"] = LabelMap("peer", {name: link.connected for name, link in links})
-    return tree
+    return tree | _admission(relay.admission)
+
+
+def _admission(admission: Admission) -> dict[str, Value]:
+    requests: Counter[tuple[str, ...]] = Counter()
+    seconds: dict[str, float] = {}
+    for source in admission.sources:  # two of them may have one label
+        requests.update({(source.label, outcome): count for outcome, count in source.outcomes.items()})
+        seconds[source.label] = seconds.get(source.label, 0.0) + source.seconds
+    if admission.policy.keys is not None:
+        requests.update({("key list", outcome): count for outcome, count in admission.listed.items()})
+    stood_in = sum(source.stood_in for source in admission.sources)
+    return {
+        "admission_requests": MultiLabelMap(
+            "counter", "Answers of the sources that decide who is admitted.", ("source", "outcome"), requests
+        ),
+        "counter_admission_request_seconds": LabelMap("source", seconds),
+        "counter_admission_cache": LabelMap(
+            "result", {"fresh": admission.from_cache, "stale": stood_in, "miss": admission.misses}
+        ),
+        "admission_failed_open": admission.failed_open,
+    }
 
 
 # -- the process, as the official Prometheus clients show it

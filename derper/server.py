@@ -76,7 +76,7 @@ class Relay:
             config.bootstrap_dns, config.unpublished_dns, resolver=SystemResolver(), rng=rng
         )
         self._rng = rng
-        self._admission = Admission(self.state.policy())
+        self.admission = Admission(self.state.policy())
         self._http_listener: Listener | None = None
         self._served_pairs: tuple[CertificatePair, ...] = ()
         self._runners: list[web.AppRunner] = []
@@ -132,7 +132,7 @@ class Relay:
             await self.mesh.stop()
         if self.hub is not None:
             self.hub.stop()
-        await self._admission.close()
+        await self.admission.close()
         for runner in self._runners:
             await runner.cleanup()
         self._runners.clear()
@@ -159,7 +159,7 @@ class Relay:
         """Open what can be opened; called again when files arrive."""
         state = self.state
         if self.hub is None and state.private_key is not None:
-            self.hub = Hub(state.private_key, self._admission, rng=self._rng)
+            self.hub = Hub(state.private_key, self.admission, rng=self._rng)
             self.mesh = Mesh(self.hub, rng=self._rng)
             self.hub.mesh_peer_seen = self.mesh.seen
             self.tls = ServerTLS(state.private_key.public.hex(), names_only=not self.config.settings)
@@ -179,7 +179,7 @@ class Relay:
         assert self.tls is not None
         self.hub.mesh_keys = self.state.mesh_keys
         self.hub.set_limits(self.state.limits)
-        self._admission.policy = self.state.policy()
+        self.admission.policy = self.state.policy()
         if self.state.pairs and (self.state.pairs is not self._served_pairs or self._meta_is_old()):
             self.tls.load(self.state.pairs, utc_now())
             self._served_pairs = self.state.pairs

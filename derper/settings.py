@@ -6,10 +6,12 @@ One JSON object, see `docs/architecture.md`::
      "nodes": {"berlin-0": {"serverKey": "nodekey:<hex>", "hostName": "berlin-0-g1.derp.internal",
                             "certName": "sha256-raw:<hex>", "dial": "berlin-0.berlin-mesh.derp.svc:8443",
                             "certificates": ["/etc/derper/secret/berlin-0.g1"]}},
-     "admission": {"open": true, "urls": [], "keyFile": null, "failOpen": false},
+     "admission": {"open": true, "urls": [], "keyFiles": [], "tailscaled": null, "failOpen": false,
+                   "cache": {"freshSeconds": 30, "staleSeconds": 3600}},
      "limits": {"acceptPerSecond": 0, "acceptBurst": 0, "clientBytesPerSecond": 0, "clientBurstBytes": 0}}
 
 A certificate is named by its path without ``.crt`` and ``.key``.  Every node but oneself is a mesh peer.
+A ``keyFile`` is one more of the ``keyFiles``; ``tailscaled`` is the path of a socket.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
+from .relay.admission import CacheTimes
 from .relay.limits import Limits
 from .wire.keys import KeyFormatError, NodePublic
 
@@ -51,8 +54,10 @@ class AdmissionSettings:
 
     is_open: bool = False
     urls: tuple[str, ...] = ()
-    key_file: str | None = None
+    key_files: tuple[str, ...] = ()
+    tailscaled: str = ""
     fail_open: bool = False
+    cache: CacheTimes = field(default_factory=CacheTimes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +114,10 @@ class _Object:
             raise SettingsError(f"{self._where}.{key} must be a list of strings")
         return tuple(value)
 
-    def number(self, key: str) -> float:
-        value = self._value.get(key) or 0
+    def number(self, key: str, default: float = 0) -> float:
+        value = self._value.get(key)
+        if value is None:
+            return default
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _TOO_MANY:
             raise SettingsError(f"{self._where}.{key} must be a number that is not negative")
         return float(value)
@@ -147,11 +154,15 @@ def _node(node: _Object) -> NodeSettings:
 
 
 def _admission(admission: _Object) -> AdmissionSettings:
+    key_file = admission.get("keyFile", str, "")
+    cache, usual = admission.child("cache"), CacheTimes()
     return AdmissionSettings(
         is_open=admission.get("open", bool, False),
         urls=admission.strings("urls"),
-        key_file=admission.get("keyFile", str, "") or None,
+        key_files=((key_file,) if key_file else ()) + admission.strings("keyFiles"),
+        tailscaled=admission.get("tailscaled", str, ""),
         fail_open=admission.get("failOpen", bool, False),
+        cache=CacheTimes(cache.number("freshSeconds", usual.fresh), cache.number("staleSeconds", usual.stale)),
     )
 
 

@@ -22,6 +22,7 @@ from .config import Config
 from .files import FileError, Watched
 from .net.hub import MeshKeys
 from .net.mesh import Peer
+from .net.tailscaled import default_socket
 from .net.tls import check_usable
 from .relay.admission import AdmissionPolicy, KeyListError, parse_key_list
 from .relay.limits import Limits
@@ -123,13 +124,31 @@ class RelayState:
 
     def policy(self) -> AdmissionPolicy:
         """Who is admitted."""
+        keys = self.listed_keys if self._key_list_paths() else None
         if not self.config.settings:
-            urls = self.config.verify_urls
-            return AdmissionPolicy(is_open=not urls, urls=urls, fail_open=self.config.verify_fail_open)
+            policy = AdmissionPolicy(
+                urls=self.config.verify_urls,
+                keys=keys,
+                tailscaled=self._flag_socket(),
+                fail_open=self.config.verify_fail_open,
+            )
+            return replace(policy, is_open=not policy.asks and keys is None)
         if self.settings is None:
             return AdmissionPolicy()
         admission = self.settings.admission
-        return AdmissionPolicy(admission.is_open, admission.urls, self.listed_keys, admission.fail_open)
+        return AdmissionPolicy(
+            is_open=admission.is_open,
+            urls=admission.urls,
+            keys=keys,
+            tailscaled=admission.tailscaled,
+            fail_open=admission.fail_open,
+            cache=admission.cache,
+        )
+
+    def _flag_socket(self) -> str:
+        if not self.config.verify_clients:
+            return ""
+        return self.config.tailscaled_socket or default_socket()
 
     # -- the files ---------------------------------------------------------------------------------------
 
@@ -139,7 +158,7 @@ class RelayState:
         if config.settings:
             path = Path(config.settings)
             watched.append(Watched("settings", lambda: [path], lambda: self._read_settings(path), self._set_settings))
-            watched.append(Watched("key list", self._key_list_paths, self._read_key_list, self._set_keys))
+        watched.append(Watched("key list", self._key_list_paths, self._read_key_list, self._set_keys))
         if config.key_path:
             key_path = Path(config.key_path)
             watched.append(Watched("server key", lambda: [key_path], lambda: files.load_key(key_path), self._set_key))
@@ -197,8 +216,9 @@ class RelayState:
             raise FileError(f"{path}: {error}") from None
 
     def _key_list_paths(self) -> list[Path]:
-        name = self.settings.admission.key_file if self.settings is not None else None
-        return [] if name is None else [Path(name)]
+        if not self.config.settings:
+            return [Path(name) for name in self.config.admission_keys]
+        return [Path(name) for name in self.settings.admission.key_files] if self.settings is not None else []
 
     def _read_key_list(self) -> frozenset[bytes]:
         keys: frozenset[bytes] = frozenset()

@@ -161,11 +161,11 @@ def _paused(session: Session, now: float) -> float | None:
 
 
 def _admission(relay: Relay) -> dict[str, Any]:
-    policy = relay.state.policy()
+    policy = relay.admission.policy
     return {
         "open": policy.is_open,
-        "urls": list(policy.urls),
-        "listedKeys": len(policy.keys),
+        "sources": {source.label: source.outcomes for source in relay.admission.sources},
+        "listedKeys": None if policy.keys is None else len(policy.keys),
         "failOpen": policy.fail_open,
     }
 

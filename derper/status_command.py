@@ -194,8 +194,8 @@ def _queues(queues: Status) -> str:
 def _admission(admission: Status) -> str:
     if admission["open"]:
         return "open to everybody"
-    sources = [*admission["urls"]]
-    if admission["listedKeys"]:
+    sources = [*admission["sources"]]
+    if admission["listedKeys"] is not None:
         sources.append(f"{admission['listedKeys']} listed keys")
     what = ", ".join(sources) or "nobody, no source is set"
     return f"{what}; {'admits' if admission['failOpen'] else 'refuses'} clients while no source answers"

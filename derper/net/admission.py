@@ -1,62 +1,146 @@
-"""Asking admission controllers (tailcfg.DERPAdmitClientRequest, derpserver.verifyClient)."""
+"""Asking who may use the relay: the questions under way, what the sources answered, and what follows from it."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-from collections.abc import Callable
-from ipaddress import IPv4Address, IPv6Address
-from typing import Final
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from ipaddress import ip_address
+from typing import Any, Final
+from urllib.parse import urlsplit
 
 import aiohttp
 
-from ..relay.admission import AdmissionPolicy, DecisionCache
-from ..wire.keys import NodePublic
+from ..relay.admission import AdmissionPolicy, DecisionCache, NoAnswerError
+from ..wire.keys import KeyFormatError, NodePublic
+from .controller import Address, Controller, session
+from .tailscaled import Tailscaled
 
-__all__ = ["Admission"]
+__all__ = ["Address", "Admission", "Source"]
 
 log = logging.getLogger("derper")
 
 _ASK_SECONDS: Final = 5.0
 _QUESTIONS_AT_ONCE: Final = 1000
-_MAX_ANSWER: Final = 4 << 10
 
-Address = IPv4Address | IPv6Address | None
+Ask = Callable[[NodePublic, Address, float], Awaitable[bool]]
+Answered = Callable[[str | None], None]
 
 
-class _NoAnswerError(Exception):
-    """A source gave no decision; the message says why.  `reached`: it answered, but not with one."""
+class Source:
+    """One that is asked, and what came of it."""
 
-    def __init__(self, message: str, *, reached: bool = False) -> None:
-        super().__init__(message)
-        self.reached = reached
+    def __init__(self, name: str, label: str, ask: Ask, cache: DecisionCache) -> None:
+        self.name = name
+        self.label = label  #: for metrics; a URL without what may be secret
+        self.outcomes = {"allow": 0, "deny": 0, "error": 0, "timeout": 0}
+        self.seconds = 0.0  #: spent on all questions together
+        self.stood_in = 0  #: how often an old yes was used because there was no answer
+        self._ask = ask
+        self._cache = cache
+        # A flood of unknown keys must not use up the questions of clients that were admitted before.
+        self._known, self._unknown = (asyncio.Semaphore(_QUESTIONS_AT_ONCE) for _ in range(2))
+
+    def fresh(self, key: NodePublic, now: float) -> bool:
+        """Whether it needs no question."""
+        return self._cache.fresh(self.name, key, now)
+
+    async def answer(self, key: NodePublic, address: Address) -> bool | NoAnswerError:
+        """Its decision, from memory if it is fresh, or if there is no answer now."""
+        started = asyncio.get_running_loop().time()
+        if self.fresh(key, started):
+            return True
+        known = self._cache.stale(self.name, key, started)
+        try:
+            allowed = await self._in_turn(self._known if known else self._unknown, key, address)
+        except NoAnswerError as error:
+            self._count("timeout" if error.late else "error", started)
+            if not known:
+                return error
+            self.stood_in += 1
+            log.warning("%s; client %s was admitted a while ago and is admitted again", error, key)
+            return True
+        self._count("allow" if allowed else "deny", started)
+        if allowed:
+            self._cache.admit(self.name, key, started)
+        else:
+            self._cache.refuse(self.name, key)
+        return allowed
+
+    def _count(self, outcome: str, started: float) -> None:
+        self.outcomes[outcome] += 1
+        self.seconds += asyncio.get_running_loop().time() - started
+
+    async def _in_turn(self, turn: asyncio.Semaphore, key: NodePublic, address: Address) -> bool:
+        deadline = asyncio.get_running_loop().time() + _ASK_SECONDS
+        try:
+            async with asyncio.timeout_at(deadline):
+                await turn.acquire()
+        except TimeoutError:
+            raise NoAnswerError("too many questions about clients are under way", late=True) from None
+        try:
+            return await self._ask(key, address, deadline)
+        finally:
+            turn.release()
 
 
 class Admission:
-    """Decides about clients.  `policy` may be replaced at any time; it holds for logins to come."""
+    """Decides about clients.  Create it inside the running loop, `close` it at the end."""
 
     def __init__(self, policy: AdmissionPolicy, cache: DecisionCache | None = None) -> None:
-        self.policy = policy
+        self.listed = {"allow": 0, "deny": 0}  #: clients that were looked up in the key list
+        self.from_cache = 0  #: clients admitted by fresh answers
+        self.misses = 0  #: clients that had to wait for an answer
+        self.failed_open = 0  #: clients admitted because no controller could be asked
         self._cache = cache or DecisionCache()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._waiting: dict[tuple[NodePublic, Address], list[Answered]] = {}
         self._http: aiohttp.ClientSession | None = None
+        self._tailscaled: Source | None = None
+        self._controllers: tuple[Source, ...] = ()
+        self.policy = policy
+
+    @property
+    def policy(self) -> AdmissionPolicy:
+        """It may be replaced at any time, and holds for logins to come."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: AdmissionPolicy) -> None:
+        self._policy = policy
+        self._cache.times = policy.cache
+        old = {source.name: source for source in self.sources}
+        socket = policy.tailscaled
+        self._tailscaled = (old.get(socket) or self._tailscaled_source(socket)) if socket else None
+        self._controllers = tuple(old.get(url) or self._controller_source(url) for url in dict.fromkeys(policy.urls))
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """All that are asked."""
+        return self._controllers if self._tailscaled is None else (self._tailscaled, *self._controllers)
 
     def admits_at_once(self, key: NodePublic) -> bool:
-        """Whether the client may come in without asking anybody."""
-        if self.policy.admits_at_once(key):
+        """Whether the client may come in without asking anybody; to be called once for each login."""
+        policy = self._policy
+        listed = policy.admits_at_once(key)
+        if policy.keys is not None:
+            self.listed["allow" if listed else "deny"] += 1
+        if listed:
             return True
-        return bool(self.policy.urls) and self._cache.fresh(key, asyncio.get_running_loop().time())
+        now = asyncio.get_running_loop().time()
+        fresh = policy.asks and self._all_fresh(key, now)
+        self.from_cache += fresh
+        return fresh
 
-    def ask(self, key: NodePublic, source: Address, answered: Callable[[str | None], None]) -> None:
+    def ask(self, key: NodePublic, address: Address, answered: Answered) -> None:
         """Ask the sources, then call ``answered(None)``, or ``answered(why)`` if the client is refused."""
-
-        async def run() -> None:
-            answered(await self._decide(key, source))
-
-        task = asyncio.get_running_loop().create_task(run())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self.misses += 1
+        question = (key, address)
+        if question in self._waiting:  # a client that dials again and again is asked about once
+            self._waiting[question].append(answered)
+            return
+        self._waiting[question] = [answered]
+        self._start(self._answer(question))
 
     async def close(self) -> None:
         """Give up what is under way."""
@@ -66,55 +150,97 @@ class Admission:
         if self._http is not None:
             await self._http.close()
 
-    async def _decide(self, key: NodePublic, source: Address) -> str | None:
-        policy = self.policy
-        if not policy.urls:
-            return "it is on no list of admitted keys"
-        now = asyncio.get_running_loop().time()
-        answers = await asyncio.gather(
-            *(self._ask_url(url, key, source) for url in policy.urls), return_exceptions=True
-        )
-        if True in answers:
-            self._cache.admit(key, now)
+    def _all_fresh(self, key: NodePublic, now: float) -> bool:
+        if self._tailscaled is not None and not self._tailscaled.fresh(key, now):
+            return False
+        return not self._controllers or any(source.fresh(key, now) for source in self._controllers)
+
+    # -- questions -------------------------------------------------------------------------------------------
+
+    async def check(self) -> str | None:
+        """Why the local tailscaled's own node would be refused; None if it would not, or none is asked.
+
+        Source: derpserver.checkVerifyClientsLocalTailscaled.
+        """
+        if not self._policy.tailscaled:
             return None
-        failures = [answer for answer in answers if isinstance(answer, _NoAnswerError)]
-        for answer in answers:
-            if isinstance(answer, BaseException) and not isinstance(answer, _NoAnswerError):
-                raise answer
+        deadline = asyncio.get_running_loop().time() + _ASK_SECONDS
+        try:
+            key = NodePublic.parse(await Tailscaled(self._policy.tailscaled).own_key(deadline))
+        except NoAnswerError as error:
+            return str(error)
+        except KeyFormatError:
+            return "the local tailscaled is not logged in"
+        return await self._decide(key, ip_address("::1"))
+
+    def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _answer(self, question: tuple[NodePublic, Address]) -> None:
+        refusal: str | None = "the admission was given up"
+        try:
+            refusal = await self._decide(*question)
+        finally:
+            waiting = self._waiting.pop(question)
+        for answered in waiting:
+            answered(refusal)
+
+    async def _decide(self, key: NodePublic, address: Address) -> str | None:
+        controllers, fail_open = self._controllers, self._policy.fail_open
+        if self._tailscaled is not None:
+            known = await self._tailscaled.answer(key, address)
+            if known is not True:
+                return str(known or "the local tailscaled does not know it")
+        elif not controllers:
+            return "it is on no list of admitted keys"
+        if not controllers:
+            return None
+        return await self._ask_controllers(controllers, key, address, fail_open=fail_open)
+
+    async def _ask_controllers(
+        self, controllers: Iterable[Source], key: NodePublic, address: Address, *, fail_open: bool
+    ) -> str | None:
+        """The first yes decides; those who have not answered then go on only to be counted."""
+        failures: list[NoAnswerError] = []
+        pending = {self._start(source.answer(key, address)) for source in controllers}
+        refused = False
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for answer in (task.result() for task in done):
+                if answer is True:
+                    return None
+                if isinstance(answer, NoAnswerError):
+                    failures.append(answer)
+                else:
+                    refused = True
         if not failures:
-            self._cache.refuse(key)
             return "the admission controller does not allow it"
         # As stock derper, fail open only where nobody answers at all: a wrong answer is no outage.
-        unreachable = not any(failure.reached for failure in failures)
-        if self._cache.stale(key, now) or (policy.fail_open and unreachable):
+        if fail_open and not refused and not any(failure.reached for failure in failures):
+            self.failed_open += 1
             log.warning("%s; allowing client %s", failures[0], key)
             return None
         return str(failures[0])
 
-    async def _ask_url(self, url: str, key: NodePublic, source: Address) -> bool:
+    def _controller_source(self, url: str) -> Source:
+        return Source(url, _label(url), Controller(url, self._session).allows, self._cache)
+
+    def _session(self) -> aiohttp.ClientSession:
         if self._http is None:
-            # The time-out includes the wait for a connection, so questions that hang must leave some for others.
-            connector = aiohttp.TCPConnector(limit=_QUESTIONS_AT_ONCE)
-            self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_ASK_SECONDS), connector=connector)
-        request = {"NodePublic": str(key), "Source": "" if source is None else str(source)}
-        try:
-            async with self._http.post(url, json=request) as response:
-                if 400 <= response.status < 500:
-                    return False
-                if response.status != 200:
-                    raise _NoAnswerError(f"the admission controller answered {response.status}", reached=True)
-                body = b""
-                while piece := await response.content.read(_MAX_ANSWER - len(body)):  # it gives what is there
-                    body += piece
-                return _parse(body)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            why = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
-            raise _NoAnswerError(f"the admission controller cannot be asked: {why}", reached=False) from None
+            self._http = session()
+        return self._http
+
+    def _tailscaled_source(self, socket: str) -> Source:
+        tailscaled = Tailscaled(socket)
+        return Source(
+            socket, "tailscaled", lambda key, _address, deadline: tailscaled.allows(key, deadline), self._cache
+        )
 
 
-def _parse(body: bytes) -> bool:
-    try:
-        answer = json.loads(body)
-    except (ValueError, RecursionError):  # RecursionError: deeply nested brackets
-        raise _NoAnswerError("the admission controller did not answer with JSON", reached=True) from None
-    return isinstance(answer, dict) and answer.get("Allow") is True
+def _label(url: str) -> str:
+    """Host and path: the rest may hold secrets."""
+    parts = urlsplit(url)
+    return parts.netloc.rpartition("@")[2] + parts.path

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from derper.net import admission as admission_module
 from derper.net.admission import Admission
-from derper.relay.admission import AdmissionPolicy, DecisionCache, KeyListError, parse_key_list
+from derper.relay.admission import AdmissionPolicy, CacheTimes, DecisionCache, KeyListError, parse_key_list
 
 from .core import key
 from .loopback import PATIENCE
@@ -39,22 +39,25 @@ def test_open_and_listed() -> None:
 
 
 def test_decisions_are_remembered_for_a_while() -> None:
-    cache = DecisionCache(fresh=30, stale=3600)
-    cache.admit(ALICE, 100.0)
-    assert [cache.fresh(ALICE, now) for now in (100.0, 129.9, 130.0)] == [True, True, False]
-    assert [cache.stale(ALICE, now) for now in (100.0, 3699.9, 3700.0)] == [True, True, False]
-    assert not cache.fresh(BOB, 100.0)
-    assert not cache.stale(BOB, 100.0)
-    cache.refuse(ALICE)
-    cache.refuse(BOB)
-    assert not cache.stale(ALICE, 100.0)
+    cache = DecisionCache(CacheTimes(fresh=30, stale=3600))
+    cache.admit("a", ALICE, 100.0)
+    assert [cache.fresh("a", ALICE, now) for now in (100.0, 129.9, 130.0)] == [True, True, False]
+    assert [cache.stale("a", ALICE, now) for now in (100.0, 3699.9, 3700.0)] == [True, True, False]
+    for source, other in (("a", BOB), ("b", ALICE)):
+        assert not cache.fresh(source, other, 100.0)
+        assert not cache.stale(source, other, 100.0)
+    cache.refuse("a", BOB)
+    cache.refuse("b", ALICE)
+    assert cache.stale("a", ALICE, 100.0)
+    cache.refuse("a", ALICE)
+    assert not cache.stale("a", ALICE, 100.0)
 
 
 def test_the_memory_is_bounded() -> None:
     cache = DecisionCache(size=2)
     for number, now in ((1, 0.0), (2, 1.0), (1, 2.0), (3, 3.0)):
-        cache.admit(key(number), now)
-    assert [cache.stale(key(number), 3.0) for number in (1, 2, 3)] == [True, False, True]
+        cache.admit("a", key(number), now)
+    assert [cache.stale("a", key(number), 3.0) for number in (1, 2, 3)] == [True, False, True]
 
 
 def test_key_list() -> None:
@@ -125,8 +128,8 @@ async def ask(admission: Admission, address: str | None = "192.0.2.1") -> str | 
 
 
 @contextlib.asynccontextmanager
-async def asking(*urls: str, fail_open: bool = False, cache: DecisionCache | None = None) -> AsyncIterator[Admission]:
-    admission = Admission(AdmissionPolicy(urls=urls, fail_open=fail_open), cache)
+async def asking(*urls: str, fail_open: bool = False, fresh: float = 30.0) -> AsyncIterator[Admission]:
+    admission = Admission(AdmissionPolicy(urls=urls, fail_open=fail_open, cache=CacheTimes(fresh=fresh)))
     try:
         yield admission
     finally:
@@ -140,11 +143,16 @@ async def test_an_admitted_client(controller: Controller) -> None:
         assert await ask(admission) is None
         assert controller.asked == [{"NodePublic": str(ALICE), "Source": "192.0.2.1"}]
         assert admission.admits_at_once(ALICE)  # for a moment
+        assert not admission.admits_at_once(BOB)
+    async with asking(controller.url) as admission:
         assert await ask(admission, None) is None
         assert controller.asked[1]["Source"] == ""
 
 
 REFUSED = "the admission controller does not allow it"
+NO_JSON = "the admission controller did not answer with JSON"
+NO_OBJECT = "the admission controller did not answer with a JSON object"
+NO_BOOLEAN = 'the admission controller\'s "Allow" is neither true nor false'
 
 
 @pytest.mark.parametrize(
@@ -152,12 +160,24 @@ REFUSED = "the admission controller does not allow it"
     [
         ('{"Allow": false}', 200, REFUSED),
         ("{}", 200, REFUSED),
-        ("[]", 200, REFUSED),
-        ('{"Allow": 1}', 200, REFUSED),
-        ('{"Allow": "true"}', 200, REFUSED),
-        ("", 200, "the admission controller did not answer with JSON"),
-        ("yes", 200, "the admission controller did not answer with JSON"),
-        ("[" * 4000, 200, "the admission controller did not answer with JSON"),
+        ("null", 200, REFUSED),
+        ('{"Allow": null}', 200, REFUSED),
+        ("[]", 200, NO_OBJECT),
+        ("true", 200, NO_OBJECT),
+        ('{"Allow": 1}', 200, NO_BOOLEAN),
+        ('{"Allow": "true"}', 200, NO_BOOLEAN),
+        ('{"Allow": true, "allow": {}}', 200, NO_BOOLEAN),
+        ('{"aLLoW": true}', 200, None),
+        ('{"Allow": false, "allow": true, "ALLOW": null}', 200, None),
+        ('{"Allow": true, "allow": false}', 200, REFUSED),
+        (' \n{"x": {"Allow": false}, "Allow": true} and more', 200, None),
+        ('{"Allow": true, "x": NaN}', 200, NO_JSON),
+        ('\ufeff{"Allow": true}', 200, NO_JSON),
+        ('{"Allow": true', 200, NO_JSON),
+        ("", 200, NO_JSON),
+        ("yes", 200, NO_JSON),
+        ("[" * 4000, 200, NO_JSON),
+        ('{"x": "' + "y" * 4100 + '", "Allow": true}', 200, NO_JSON),
         ('{"Allow": true}' + " " * 5000, 200, None),
         ('{"Allow": true}', 403, "the admission controller does not allow it"),
         ('{"Allow": true}', 204, "the admission controller answered 204"),
@@ -189,7 +209,7 @@ async def test_a_controller_that_takes_too_long(monkeypatch: pytest.MonkeyPatch)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     async with asking(f"http://127.0.0.1:{runner.addresses[0][1]}/verify") as admission:
-        assert await ask(admission) == "the admission controller cannot be asked: no answer in time"
+        assert await ask(admission) == "the admission controller gave no answer in time"
     never.set()
     await runner.cleanup()
 
@@ -215,8 +235,7 @@ async def test_any_of_several(controller: Controller) -> None:
 
 
 async def test_an_outage_does_not_cost_known_clients(controller: Controller) -> None:
-    cache = DecisionCache(fresh=0.0)
-    async with asking(controller.url, cache=cache) as admission:
+    async with asking(controller.url, fresh=0.0) as admission:
         assert await ask(admission) is None
         assert not admission.admits_at_once(ALICE)
         controller.says("", 500)

@@ -222,9 +222,9 @@ LETSENCRYPT = (
         (("-node", "x"), "-node only goes with -settings"),
         (("-settings", "/s"), "-settings needs -node, the name of this relay in the settings file"),
         (
-            ("-settings", "/s", "-node", "n", "-verify-client-url", "https://x"),
-            "-settings says what -mesh-with, -verify-client-url, -admission-keys and -rate-config say;"
-            " use one or the other",
+            ("-settings", "/s", "-node", "n", "-verify-clients"),
+            "-settings says what -mesh-with, -verify-clients, -verify-client-url, -admission-keys and -rate-config"
+            " say; use one or the other",
         ),
     ],
 )

@@ -15,6 +15,7 @@ import pytest
 from derper import certs, files
 from derper.config import Config, parse_flags
 from derper.files import FileError, Watched
+from derper.relay.admission import CacheTimes
 from derper.state import RelayState
 from derper.wire.keys import MeshKey, NodePrivate
 
@@ -293,6 +294,33 @@ def test_a_certificate_for_another_name(tmp_path: Path) -> None:
 def test_admission_by_flags(tmp_path: Path) -> None:
     policy = RelayState(config(tmp_path, "-a", ":1", "-verify-client-url", "https://x"), lambda: NOW).policy()
     assert (policy.is_open, policy.urls, policy.fail_open) == (False, ("https://x",), False)
+    keys = tmp_path / "keys"
+    keys.write_text(f"{private(9).public}\n")
+    state = RelayState(config(tmp_path, "-a", ":1", "-admission-keys", str(keys)), lambda: NOW)
+    assert not state.policy().is_open
+    assert not state.policy().admits_at_once(private(9).public)
+    state.load_all()
+    assert state.policy().admits_at_once(private(9).public)
+    assert not state.policy().asks
+    keys.unlink()
+    state.poll()
+    assert state.problems == [f"key list: {keys}: no such file or directory"]
+    assert state.policy().admits_at_once(private(9).public)
+    with pytest.raises(FileError, match=r"^key list: .*keys: no such file or directory$"):
+        RelayState(config(tmp_path, "-a", ":1", "-admission-keys", str(keys)), lambda: NOW).load_all()
+
+
+@pytest.mark.parametrize(
+    ("flags", "socket"),
+    [
+        (("-verify-clients",), "/var/run/tailscale/tailscaled.sock"),
+        (("-verify-clients", "-socket", "/s"), "/s"),
+        (("-socket", "/s"), ""),
+    ],
+)
+def test_tailscaled_by_flags(tmp_path: Path, flags: tuple[str, ...], socket: str) -> None:
+    policy = RelayState(config(tmp_path, "-a", ":1", *flags), lambda: NOW).policy()
+    assert (policy.tailscaled, policy.is_open) == (socket, not socket)
 
 
 def test_peers_by_flags(tmp_path: Path) -> None:
@@ -390,12 +418,16 @@ def test_settings_that_are_broken_keep_the_old(pod: Pod) -> None:
 def test_the_key_list(pod: Pod) -> None:
     pod.everything()
     path = pod.root / "keys"
-    pod.settings("r-0", admission={"keyFile": str(path)})
+    other = pod.root / "other-keys"
+    other.write_text(f"{private(7).public}\n")
+    pod.settings("r-0", admission={"keyFile": str(path), "keyFiles": [str(other)], "cache": {"freshSeconds": 0}})
     pod.state.poll()
+    assert pod.state.policy().cache == CacheTimes(0.0, 3600.0)
     assert pod.state.problems == [f"key list: {path}: no such file or directory"]
     path.write_text(f"# friends\n{private(9).public}  # nine\n")
     assert pod.state.poll() == ["key list"]
     assert pod.state.policy().admits_at_once(private(9).public)
+    assert pod.state.policy().admits_at_once(private(7).public)
     replace_file(path, f"{private(8).public}\nnodekey:12\n")
     assert pod.state.poll() == []
     problem = f"key list: {path}, line 2: a public key must be 64 hexadecimal digits, not 2 characters"

@@ -307,7 +307,7 @@ async def test_admission_changes_for_logins_to_come(region: Region) -> None:
         with pytest.raises(DialError, match=r"the server closed the connection$"):
             await node.dial(BOB)
         replace_file(keys, str(BOB.public))
-        await until(lambda: node.relay._admission.policy.admits_at_once(BOB.public))
+        await until(lambda: node.relay.admission.policy.admits_at_once(BOB.public))
         bob = await node.dial(BOB)
         bob.send(ALICE.public, b"still here?")
         assert await alice.receive_packet() == ReceivedPacket(BOB.public, b"still here?")

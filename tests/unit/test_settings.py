@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from derper.relay.admission import CacheTimes
 from derper.relay.limits import Limits
 from derper.settings import AdmissionSettings, NodeSettings, Settings, SettingsError, parse_settings
 
@@ -34,7 +35,15 @@ def test_everything() -> None:
     body = {
         "region": "berlin",
         "nodes": {"berlin-0": NODE},
-        "admission": {"open": False, "urls": ["https://x/verify"], "keyFile": "/etc/keys", "failOpen": True},
+        "admission": {
+            "open": False,
+            "urls": ["https://x/verify"],
+            "keyFile": "/etc/keys",
+            "keyFiles": ["/etc/more"],
+            "tailscaled": "/run/tailscaled.sock",
+            "failOpen": True,
+            "cache": {"freshSeconds": 0, "staleSeconds": 60},
+        },
         "limits": {"acceptPerSecond": 2.5, "acceptBurst": 3, "clientBytesPerSecond": 4, "clientBurstBytes": 5},
         "future": {"x": 1},
     }
@@ -50,7 +59,13 @@ def test_everything() -> None:
     assert parse_settings(data) == Settings(
         region="berlin",
         nodes={"berlin-0": node},
-        admission=AdmissionSettings(False, ("https://x/verify",), "/etc/keys", True),
+        admission=AdmissionSettings(
+            urls=("https://x/verify",),
+            key_files=("/etc/keys", "/etc/more"),
+            tailscaled="/run/tailscaled.sock",
+            fail_open=True,
+            cache=CacheTimes(0.0, 60.0),
+        ),
         limits=Limits(accept_per_second=2.5, accept_burst=3, client_bytes_per_second=4, client_burst_bytes=5),
         digest=hashlib.sha256(data).hexdigest(),
     )
