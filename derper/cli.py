@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from . import __version__, config, probe, region, status_command
+from . import __version__, config, probe, prune, region, status_command
 from .config import Config, UsageError
 from .runtime import raise_file_limit, run, set_up_logging, stop_signals
 from .server import Relay, StartError
@@ -23,6 +23,7 @@ log = logging.getLogger("derper")
 _HELP = f"""Usage: derper [flags]            run a relay (the flags of Tailscale's derper)
        derper status [options]   how a running relay is
        derper probe [options]    check every node of a DERP map, and every way through its mesh
+       derper prune [options]    close clients that are not on their ideal node, so that they move there
        derper region [options]   run a meshed region on this machine, without a cluster
 
 -help after a command lists its options.
@@ -34,6 +35,7 @@ Flags of the relay:
 
 _COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = {
     "probe": probe.main,
+    "prune": prune.main,
     "region": region.main,
     "status": status_command.main,
 }

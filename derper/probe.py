@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -19,12 +18,10 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
 
-import aiohttp
-
-from . import derpmap, stun_client
+from . import map_source, stun_client
 from .client import Client, DialError, Options, dial_node
-from .derpmap import DERPMap, DERPNode, DERPRegion, MapError
-from .files import FileError, load_mesh_keys, read_file
+from .derpmap import DERPNode, DERPRegion
+from .map_source import MapSourceError
 from .text import milliseconds, table
 from .wire.client import ReceivedPacket
 from .wire.keys import MeshKey, NodePrivate
@@ -33,11 +30,6 @@ __all__ = ["NodeReport", "RegionReport", "main", "probe_map"]
 
 _MESH_SECONDS: Final = 5.0
 _MESH_ASK_SECONDS: Final = 0.1
-_FETCH_SECONDS: Final = 10.0
-
-
-class ProbeError(Exception):
-    """There is nothing to probe.  The message is one sentence."""
 
 
 @dataclass(slots=True)
@@ -73,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse_options(arguments)
     try:
         return asyncio.run(_run(options))
-    except ProbeError as error:
+    except MapSourceError as error:
         print(f"derper probe: {error}", file=sys.stderr)
         return 2
 
@@ -81,11 +73,7 @@ def main(arguments: Sequence[str]) -> int:
 def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of ``derper probe``; argparse ends the process for wrong ones."""
     parser = argparse.ArgumentParser(prog="derper probe", description="Check every node of a DERP map and its mesh.")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--map", type=Path, metavar="FILE", help="a map in JSON, or YAML as Headscale reads it")
-    source.add_argument("--url", help="where the map is served as JSON")
-    source.add_argument("--configmap", metavar="NAMESPACE/NAME", help="a map in the cluster, read with kubectl")
-    parser.add_argument("--region", type=int, metavar="ID", help="only this region")
+    map_source.add_options(parser)
     parser.add_argument(
         "--mesh-key-file",
         type=Path,
@@ -97,82 +85,13 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 async def _run(options: argparse.Namespace) -> int:
-    found = await _read_map(options)
-    regions = [region for _, region in sorted(found.regions.items()) if options.region in (None, region.region_id)]
-    if not any(region.nodes for region in regions):
-        which = "" if options.region is None else f" {options.region}"
-        raise ProbeError(f"the map has no region{which} with nodes; there is nothing to probe")
-    reports = await probe_map(regions, _mesh_key(options.mesh_key_file))
+    regions = map_source.regions_of(await map_source.read_map(options), options)
+    reports = await probe_map(regions, map_source.read_mesh_key(options.mesh_key_file))
     if options.json:
         print(json.dumps([_as_json(report) for report in reports], indent=2))
     else:
         print("\n\n".join(_as_text(report) for report in reports))
     return 0 if all(report.ok for report in reports) else 1
-
-
-# -- the map ------------------------------------------------------------------------------------------------
-
-
-async def _read_map(options: argparse.Namespace) -> DERPMap:
-    text: bytes | str
-    if options.map is not None:
-        what = str(options.map)
-        try:
-            text = read_file(options.map)
-        except FileError as error:
-            raise ProbeError(str(error)) from None
-        is_yaml = options.map.suffix in (".yaml", ".yml")
-    elif options.url is not None:
-        what, is_yaml = options.url, False
-        text = await _fetch(options.url)
-    else:
-        what, is_yaml = f"ConfigMap {options.configmap}", False
-        text = await _from_cluster(options.configmap)
-    try:
-        return derpmap.from_yaml(text) if is_yaml else derpmap.from_json(text)
-    except MapError as error:
-        raise ProbeError(f"{what}: {error}") from None
-
-
-async def _fetch(url: str) -> bytes:
-    timeout = aiohttp.ClientTimeout(total=_FETCH_SECONDS)
-    try:
-        async with aiohttp.ClientSession(timeout=timeout) as http, http.get(url) as response:
-            if response.status != 200:
-                raise ProbeError(f"{url} answered {response.status}; it must be the URL of a DERP map")
-            return await response.read()
-    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-        raise ProbeError(f"cannot get {url}: {error or 'no answer in time'}") from None
-
-
-async def _from_cluster(name: str) -> str:
-    namespace, slash, config_map = name.partition("/")
-    if not slash or not namespace or not config_map:
-        raise ProbeError(f"--configmap must be NAMESPACE/NAME, not {name!r}")
-    kubectl = shutil.which("kubectl")
-    if kubectl is None:
-        raise ProbeError("kubectl is not on the PATH; install it, or save the map to a file and use --map")
-    process = await asyncio.create_subprocess_exec(
-        *(kubectl, "get", "configmap", "-n", namespace, config_map, "-o", "json"),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    out, err = await process.communicate()
-    if process.returncode:
-        raise ProbeError(f"kubectl: {err.decode(errors='replace').strip() or 'failed'}")
-    text = json.loads(out).get("data", {}).get("derpmap.json")
-    if not isinstance(text, str):
-        raise ProbeError(f"ConfigMap {name} has no key derpmap.json; is it the map of a DerpRegion?")
-    return text
-
-
-def _mesh_key(path: Path | None) -> MeshKey | None:
-    if path is None:
-        return None
-    try:
-        return load_mesh_keys(path).current
-    except FileError as error:
-        raise ProbeError(str(error)) from None
 
 
 # -- probing ------------------------------------------------------------------------------------------------
