@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
@@ -28,7 +29,18 @@ from derper.wire.frames import HEADER, HEADER_LEN, FrameType
 from derper.wire.handshake import ClientInfo
 from derper.wire.keys import NodePrivate
 
-__all__ = ["FAST", "HOST_NAME", "UPGRADE", "LoopbackRelay", "RawClient", "pair_for", "private", "relay", "until"]
+__all__ = [
+    "FAST",
+    "HOST_NAME",
+    "UPGRADE",
+    "LoopbackRelay",
+    "RawClient",
+    "free_port",
+    "pair_for",
+    "private",
+    "relay",
+    "until",
+]
 
 HOST_NAME = "node.derp.internal"
 UPGRADE = b"GET /derp HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: DERP\r\n\r\n"
@@ -45,6 +57,15 @@ def private(number: int) -> NodePrivate:
 def pair_for(*names: str) -> CertificatePair:
     """A certificate of ours; making one takes a moment."""
     return certs.self_signed(names, now=datetime.now(UTC))
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that is free, and none that the system gives to outgoing connections in the meantime."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as sock, suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 async def until(condition: Any) -> None:

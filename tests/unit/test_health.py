@@ -23,7 +23,7 @@ from derper.config import parse_flags
 from derper.server import Relay, StartError
 from derper.wire import frames
 
-from .loopback import pair_for, private, until
+from .loopback import free_port, pair_for, private, until
 
 pytestmark = pytest.mark.both_loops
 HOST = "127.0.0.1"
@@ -210,12 +210,6 @@ async def test_on_the_port_clients_are_only_listed_over_loopback(tmp_path: Path)
             assert "loopback" in await response.text()
         async with http.get(url, headers={"X-Forwarded-For": "192.0.2.1"}) as response:
             assert "clientList" not in await response.json()
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind((HOST, 0))
-        return int(sock.getsockname()[1])
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from derper.wire import stun
 from derper.wire.client import PeerGone, ReceivedPacket, Restarting
 from derper.wire.keys import MeshKey, NodePrivate
 
-from .loopback import PATIENCE, RawClient, pair_for, private, until
+from .loopback import PATIENCE, RawClient, free_port, pair_for, private, until
 
 pytestmark = pytest.mark.both_loops
 ALICE, BOB, CAROL = private(1), private(2), private(3)
@@ -44,12 +44,6 @@ NOW = datetime.now(UTC)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(server, "_DRAIN_STEP_SECONDS", 0.01)
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def replace_file(path: Path, data: bytes | str) -> None:

@@ -15,7 +15,8 @@ from aiohttp import web
 from derper import cli, health, status_command
 from derper.text import bytes_of, duration
 
-from .test_health import HOST, dial, free_port, relay_in, running
+from .loopback import free_port
+from .test_health import HOST, dial, relay_in, running
 
 
 async def run(*arguments: str) -> int:
