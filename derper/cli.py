@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
@@ -74,9 +75,10 @@ def _relay(arguments: list[str]) -> int:
 
 
 async def serve(chosen: Config) -> None:
-    """Run a relay until SIGTERM or SIGINT, then drain it; a second signal ends it at once."""
+    """Run a relay until SIGTERM or SIGINT, then drain it; a second signal ends it at once.  SIGHUP: read all files."""
     relay = Relay(chosen, rng=random.Random())
     stop = stop_signals()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, relay.reload)
     await relay.start()
     gc.collect()
     gc.freeze()  # what lives now lives as long as the process; do not look at it again

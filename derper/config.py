@@ -6,8 +6,10 @@ switches as ``-flag`` or ``-flag=false``.
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
@@ -57,8 +59,8 @@ class Config:
     verify_urls: tuple[str, ...] = ()
     verify_fail_open: bool = False
     admission_keys: tuple[str, ...] = ()
-    accept_per_second: float = 0.0
-    accept_burst: int = 0
+    accept_per_second: float = math.inf
+    accept_burst: int = sys.maxsize
     rate_config: str = ""
     tcp_keep_alive: float = 600.0
     tcp_user_timeout: float = 15.0
@@ -106,7 +108,7 @@ def _number(text: str) -> float:
         raise ValueError("a number") from None
     if not value >= 0:
         raise ValueError("a number that is not negative")
-    return 0.0 if value == float("inf") else value  # Go's default is +Inf: no limit
+    return value
 
 
 def _count(text: str) -> int:
@@ -224,8 +226,13 @@ _FLAGS: Final = (
     _Flag(
         "admission-keys", "admission_keys", _words, "files with keys of clients to admit, one nodekey:<hex> per line"
     ),
-    _Flag("accept-connection-limit", "accept_per_second", _number, "new connections per second (no limit)"),
-    _Flag("accept-connection-burst", "accept_burst", _count, "new connections at once; without it there is no limit"),
+    _Flag("accept-connection-limit", "accept_per_second", _number, "new connections per second (+Inf: no limit)"),
+    _Flag(
+        "accept-connection-burst",
+        "accept_burst",
+        _count,
+        "new connections at once; -accept-connection-limit means nothing without it",
+    ),
     _Flag("rate-config", "rate_config", str, "JSON file with rate limits, read again when it changes"),
     _Flag("tcp-keepalive-time", "tcp_keep_alive", _duration, "TCP keep-alive (10m)"),
     _Flag("tcp-user-timeout", "tcp_user_timeout", _duration, "TCP user time-out (15s)"),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar, cast
 
 from . import certs
 from .certs import CertificatePair
@@ -31,10 +31,15 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
+_Look = list[tuple[Path, object]]
+_MOST_MOVES: Final = 8  # looks in a row at which files may differ
 
 
 class FileError(Exception):
     """A file cannot be used.  The message is one sentence: which file, what is wrong."""
+
+
+_BAD = (FileError, ValueError, OSError)  # the errors of keys, certificates and lists are ValueErrors
 
 
 class Watched(Generic[_T]):
@@ -51,32 +56,66 @@ class Watched(Generic[_T]):
         self._paths = paths
         self._load = load
         self._apply = apply
-        self._seen: object = None
+        self._looked: _Look = []  # how the files were at the last look
+        self._read: _Look | None = None  # and when they were last read
+        self._moves = 0
+        self.settling = False  #: they are just being changed: look again soon
         self.problem: str | None = None  #: why the newest version is not in force
         self.loads = 0
         self.failures = 0
 
-    def poll(self) -> bool:
+    def poll(self, *, at_once: bool = False) -> bool:
         """Look whether the files changed, and load them if so; true if there is news: see `problem` for how it went.
 
-        What cannot be used is tried again each time: a certificate becomes valid, a descriptor becomes free.
+        They are loaded when two looks in a row find them alike: who writes may be in the middle of it, or have
+        another file to go.  What cannot be used is tried again each time: a certificate becomes valid, a descriptor
+        becomes free.  With `at_once` the files are loaded in any case.
         """
-        seen = [_signature(path) for path in self._paths()]
-        same, before = seen == self._seen, self.problem
-        if same and before is None:
+        look = _look(self._paths())
+        if self._is_moving(look) and not at_once:
+            self.settling = True
             return False
-        self._seen = seen
-        try:
-            self._apply(self._load())
-        except (FileError, ValueError, OSError) as error:  # the errors of keys, certificates and lists are ValueErrors
-            self.problem = f"{self.what}: {_sentence(error)}"
-            if same and self.problem == before:
-                return False
-            self.failures += 1
+        self.settling = False
+        if look == self._read and self.problem is None and not at_once:
+            return False
+        problem = self._attempt(look, at_once)
+        if self.settling:
+            return False
+        news = look != self._read or problem != self.problem or at_once
+        self._read, self.problem = look, problem
+        if problem is None:
+            self.loads += 1
             return True
-        self.loads += 1
-        self.problem = None
-        return True
+        self.failures += news
+        return news
+
+    def _is_moving(self, look: _Look) -> bool:
+        """Whether the files differ from how they were, but not for ever: something may touch them all the time."""
+        moved = look != self._looked and [path for path, _ in look] == [path for path, _ in self._looked]
+        self._looked = look
+        self._moves = self._moves + 1 if moved else 0
+        return 0 < self._moves < _MOST_MOVES
+
+    def _attempt(self, look: _Look, at_once: bool) -> str | None:
+        """Load and apply; what is wrong, if anything is.  Sets `settling` if the files changed meanwhile."""
+        problem, value = None, None
+        try:
+            value = self._load()
+        except _BAD as error:
+            problem = error
+        if not at_once and _look(self._paths()) != look:
+            self.settling = True
+            return None
+        try:
+            if problem is None:
+                self._apply(cast(_T, value))
+        except _BAD as error:
+            problem = error
+        return None if problem is None else f"{self.what}: {_sentence(problem)}"
+
+
+def _look(paths: Sequence[Path]) -> _Look:
+    return [(path, _signature(path)) for path in paths]
 
 
 def _signature(path: Path) -> object:
@@ -86,7 +125,8 @@ def _signature(path: Path) -> object:
         return error.errno
     except ValueError:  # a null character in the name
         return None
-    return (info.st_mtime_ns, info.st_ino, info.st_size)
+    # The time of change cannot be set back, as that of modification can.
+    return (info.st_mtime_ns, info.st_ctime_ns, info.st_dev, info.st_ino, info.st_size)
 
 
 def _sentence(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """What a relay says of itself over HTTP: on the metrics port, and on a Unix socket for ``derper status``.
 
-``/healthz`` is 200 while the process runs, ``/readyz`` while clients are served.  ``/metrics`` is for Prometheus,
+``/healthz`` is 200 while the process runs, ``/readyz`` while clients are served; it names what is wrong in
+either case.  ``/metrics`` is for Prometheus,
 ``/status`` for people and the operator.  ``/status?clients=1`` adds the list of clients: their addresses are for the
 machine's own users, so it is given on the socket, and on the port only to those who come over loopback.
 """
@@ -83,7 +84,8 @@ class Health:
 
     async def _readyz(self, _request: web.Request) -> web.Response:
         reasons = self._relay.reasons()
-        return web.Response(status=503 if reasons else 200, text="\n".join(reasons or ["ok"]) + "\n")
+        problems = [problem for problem in self._relay.state.problems if problem not in reasons]
+        return web.Response(status=503 if reasons else 200, text="\n".join((reasons or ["ok"]) + problems) + "\n")
 
     async def _metrics(self, _request: web.Request) -> web.Response:
         return web.Response(text=metrics.text(self._relay), content_type="text/plain", charset="utf-8")

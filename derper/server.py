@@ -16,6 +16,7 @@ import logging
 import math
 import random
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -35,23 +36,32 @@ from .net.http import connections, public_app, redirect_app
 from .net.hub import Hub
 from .net.listener import Listener, SocketOptions
 from .net.mesh import Mesh
+from .net.mesh import Timings as MeshTimings
 from .net.stun import STUNServer
 from .net.tls import ServerTLS, utc_now
 from .relay.limits import TokenBucket
 from .state import RelayState
 from .wire import frames
 
-__all__ = ["Relay", "StartError"]
+__all__ = ["Relay", "StartError", "Timings"]
 
 log = logging.getLogger("derper")
 
-_POLL_SECONDS: Final = 1.0
-_DRAIN_STEPS: Final = 20
-_DRAIN_STEP_SECONDS: Final = 0.2
-_FLUSH_SECONDS: Final = 0.2
 _META_RENEW_DAYS: Final = 7
 _KEEP_ALIVE_HTTP: Final = 30.0
 _HTTP_SHUTDOWN: Final = 1.0  # seconds; no page takes long, and a client that does must not hold up the end
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """How a relay spends its time, in seconds."""
+
+    poll: float = 1.0  #: between looks at the files
+    settle: float = 0.25  #: the same while they are being changed
+    drain_steps: int = 20  #: groups in which clients are sent away
+    drain_step: float = 0.2  #: between two groups
+    flush: float = 0.2  #: for the last words to the last group
+    mesh: MeshTimings = field(default_factory=MeshTimings)
 
 
 class StartError(Exception):
@@ -61,7 +71,7 @@ class StartError(Exception):
 class Relay:
     """One relay.  Create it inside the running loop."""
 
-    def __init__(self, config: Config, *, rng: random.Random) -> None:
+    def __init__(self, config: Config, *, rng: random.Random, timings: Timings = Timings()) -> None:
         self.config = config
         self.state = RelayState(config, utc_now)
         self.hub: Hub | None = None
@@ -76,6 +86,7 @@ class Relay:
             config.bootstrap_dns, config.unpublished_dns, resolver=SystemResolver(), rng=rng
         )
         self._rng = rng
+        self._timings = timings
         self.admission = Admission(self.state.policy())
         self._http_listener: Listener | None = None
         self._served_pairs: tuple[CertificatePair, ...] = ()
@@ -83,6 +94,8 @@ class Relay:
         self._health: Health | None = None
         self._public: Callable[[], asyncio.Protocol] | None = None
         self._poll_task: asyncio.Task[None] | None = None
+        self._accepts: TokenBucket | None = None
+        self._asked_to_reload = asyncio.Event()
         self._options = SocketOptions(config.tcp_keep_alive, config.tcp_user_timeout)
 
     # -- life ----------------------------------------------------------------------------------------------
@@ -102,6 +115,11 @@ class Relay:
         if self.config.tls and not self.config.settings:
             self._announce_certificate()
         self._poll_task = asyncio.get_running_loop().create_task(self._follow_files())
+
+    def reload(self) -> None:
+        """Read all files now, whether they look changed or not (SIGHUP; stock derper reads its rate config then)."""
+        log.info("derper: reading all files again")
+        self._asked_to_reload.set()
 
     async def drain(self) -> None:
         """Send the clients elsewhere: STUN and readiness first, then the port, then the clients in small steps,
@@ -145,13 +163,13 @@ class Relay:
         for link in clients:
             if link.session is not None:
                 link.session.control(frames.restarting(0.0, 5.0))
-        size = max(1, math.ceil(len(clients) / _DRAIN_STEPS))
+        size = max(1, math.ceil(len(clients) / self._timings.drain_steps))
         for start in range(0, len(clients), size):
             for link in clients[start : start + size]:
                 link.close()
             if start + size < len(clients):
-                await asyncio.sleep(_DRAIN_STEP_SECONDS)
-        await hub.closed(clients, _FLUSH_SECONDS)
+                await asyncio.sleep(self._timings.drain_step)
+        await hub.closed(clients, self._timings.flush)
 
     # -- what is open ----------------------------------------------------------------------------------------
 
@@ -160,7 +178,7 @@ class Relay:
         state = self.state
         if self.hub is None and state.private_key is not None:
             self.hub = Hub(state.private_key, self.admission, rng=self._rng)
-            self.mesh = Mesh(self.hub, rng=self._rng)
+            self.mesh = Mesh(self.hub, rng=self._rng, timings=self._timings.mesh)
             self.hub.mesh_peer_seen = self.mesh.seen
             self.tls = ServerTLS(state.private_key.public.hex(), names_only=not self.config.settings)
             self.hub.start()
@@ -241,11 +259,15 @@ class Relay:
             log.warning("%s", text)  # nobody has asked for it: a second relay on this machine, perhaps
 
     def _accept_limit(self) -> TokenBucket | None:
-        limits = self.state.limits
-        if not limits.accept_per_second:
-            return None
-        now = asyncio.get_running_loop().time()
-        return TokenBucket(limits.accept_per_second, max(limits.accept_burst, 1), now)
+        """The bucket of new connections; a change of the limit does not fill it."""
+        limits, now = self.state.limits, asyncio.get_running_loop().time()
+        if math.isinf(limits.accept_per_second):
+            self._accepts = None
+        elif self._accepts is None:
+            self._accepts = TokenBucket(limits.accept_per_second, limits.accept_burst, now)
+        else:
+            self._accepts.change(limits.accept_per_second, limits.accept_burst, now)
+        return self._accepts
 
     async def _runner(self, app: web.Application) -> Any:
         runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=_HTTP_SHUTDOWN)
@@ -258,14 +280,28 @@ class Relay:
 
     async def _follow_files(self) -> None:
         while True:
-            await asyncio.sleep(_POLL_SECONDS)
+            asked = await self._next_look()
             try:
-                if self.state.poll() or (self.hub is not None and self.listener is None) or self._meta_is_old():
+                if (
+                    self.state.poll(at_once=asked)
+                    or (self.hub is not None and self.listener is None)
+                    or self._meta_is_old()
+                ):
                     await self._open()
             except (StartError, CertificateError) as error:
                 log.error("%s", error)
             except Exception:  # a relay that no longer reads its files would be worse than a traceback in its log
                 log.exception("cannot put the files into force; trying again")
+
+    async def _next_look(self) -> bool:
+        """Wait until it is time to look at the files; whether somebody asked for it."""
+        try:
+            async with asyncio.timeout(self._timings.settle if self.state.settling else self._timings.poll):
+                await self._asked_to_reload.wait()
+        except TimeoutError:
+            return False
+        self._asked_to_reload.clear()
+        return True
 
     def _meta_is_old(self) -> bool:
         expires = self.tls.meta_expires if self.tls is not None else None

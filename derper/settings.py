@@ -11,13 +11,14 @@ One JSON object, see `docs/architecture.md`::
      "limits": {"acceptPerSecond": 0, "acceptBurst": 0, "clientBytesPerSecond": 0, "clientBurstBytes": 0}}
 
 A certificate is named by its path without ``.crt`` and ``.key``.  Every node but oneself is a mesh peer.
-A ``keyFile`` is one more of the ``keyFiles``; ``tailscaled`` is the path of a socket.
+A ``keyFile`` is one more of the ``keyFiles``; ``tailscaled`` is the path of a socket.  A limit of 0 is none.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -170,6 +171,6 @@ def _limits(limits: _Object) -> Limits:
     return Limits(
         client_bytes_per_second=int(limits.number("clientBytesPerSecond")),
         client_burst_bytes=int(limits.number("clientBurstBytes")),
-        accept_per_second=limits.number("acceptPerSecond"),
-        accept_burst=int(limits.number("acceptBurst")),
+        accept_per_second=limits.number("acceptPerSecond") or math.inf,
+        accept_burst=max(int(limits.number("acceptBurst")), 1),
     )

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -25,7 +24,7 @@ from .net.mesh import Peer
 from .net.tailscaled import default_socket
 from .net.tls import check_usable
 from .relay.admission import AdmissionPolicy, KeyListError, parse_key_list
-from .relay.limits import Limits
+from .relay.limits import Limits, RateConfigError, parse_rate_config
 from .settings import Settings, parse_settings
 from .wire.keys import NodePrivate
 
@@ -37,7 +36,7 @@ _UNSAFE_IN_NAME: Final = re.compile(r"[^a-zA-Z0-9-.]")  # cmd/derper/cert.go, un
 
 
 class RelayState:
-    """The newest good version of everything.  Call `poll` about once a second; `changed` tells what is new.
+    """The newest good version of everything.  Call `poll` about once a second, and soon again while it is `settling`.
 
     With flags alone every file must be good at the start (`load_all`).  With a settings file anything may be
     missing at first: the relay runs, is not ready, and says why.
@@ -71,11 +70,11 @@ class RelayState:
                     raise FileError(watched.problem)
                 log.warning("%s; waiting for it", watched.problem)
 
-    def poll(self) -> list[str]:
-        """Read what changed; the names of what is new.  Each problem is logged once."""
+    def poll(self, *, at_once: bool = False) -> list[str]:
+        """Read what changed, or `at_once` everything; the names of what is new.  Each problem is logged once."""
         new = []
         for watched in self.watched:
-            if not watched.poll():
+            if not watched.poll(at_once=at_once):
                 continue
             if watched.problem is None:
                 new.append(watched.what)
@@ -87,6 +86,11 @@ class RelayState:
                     "the old one stays in force" if watched.loads else "waiting for it",
                 )
         return new
+
+    @property
+    def settling(self) -> bool:
+        """Some files are just being changed: poll again soon."""
+        return any(watched.settling for watched in self.watched)
 
     @property
     def problems(self) -> list[str]:
@@ -230,15 +234,11 @@ class RelayState:
         return keys
 
     def _read_limits(self, path: Path) -> Limits:
-        """Stock derper's rate config (derpserver.RateConfig)."""
+        """Stock derper's rate config."""
         try:
-            body = json.loads(files.read_file(path))
-            rate, burst = (int(body.get(f"PerClientRate{name}", 0)) for name in ("LimitBytesPerSec", "BurstBytes"))
-            if rate < 0 or burst < 0:
-                raise ValueError
-        except (ArithmeticError, ValueError, TypeError, AttributeError, RecursionError):
-            form = '{"PerClientRateLimitBytesPerSec": 0, "PerClientRateBurstBytes": 0}'
-            raise FileError(f"{path}: it must be JSON of the form {form}") from None
+            rate, burst = parse_rate_config(files.read_file(path))
+        except RateConfigError as error:
+            raise FileError(f"{path}: {error}") from None
         return replace(self.limits, client_bytes_per_second=rate, client_burst_bytes=burst)
 
     # -- what they say -------------------------------------------------------------------------------------
@@ -265,12 +265,16 @@ class RelayState:
 
     def _set_limits(self, limits: Limits) -> None:
         self.limits = limits
+        log.info(
+            "rate config applied: client-rate=%d bytes/sec, client-burst=%d bytes",  # as stock derper says it
+            limits.client_bytes_per_second,
+            limits.client_burst_bytes,
+        )
 
 
 def _flag_limits(config: Config) -> Limits:
     return Limits(
-        # As with stock derper: where nothing bounds how many may come at once, nothing bounds how fast they come.
-        accept_per_second=config.accept_per_second if config.accept_burst else 0.0,
+        accept_per_second=config.accept_per_second,
         accept_burst=config.accept_burst,
         write_timeout=config.write_timeout,
     )

@@ -5,6 +5,7 @@ Built when asked, from what the relay holds anyway: nothing is counted for it on
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import resource
@@ -40,7 +41,9 @@ def collect(relay: Relay) -> dict[str, Any]:
         "clients": sum(not session.can_mesh for session in relay.hub.router.active.values()) if relay.hub else 0,
         "connections": _connections(relay),
         "queues": _queues(relay),
-        "limits": {_camel(name): value for name, value in asdict(relay.state.limits).items()},
+        "limits": {
+            _camel(name): None if value == math.inf else value for name, value in asdict(relay.state.limits).items()
+        },
         "admission": _admission(relay),
         "stun": _stun(relay),
         "process": _process(relay.started_at),

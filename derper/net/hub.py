@@ -136,8 +136,8 @@ class Hub:
             return
         self.limits = limits
         now = self.clock()
-        for session in self.router.sessions():
-            session.set_bucket(limits.client_bucket(now))
+        for link in self.links:
+            link.set_bucket(limits.client_bucket(now))
 
     def join(self, session: Session) -> None:
         """A client has logged in."""

@@ -13,6 +13,7 @@ import asyncio
 import logging
 from typing import Final
 
+from ..relay.limits import TokenBucket
 from ..relay.session import Remote, Session
 from ..wire import handshake
 from ..wire.errors import ProtocolError
@@ -144,6 +145,15 @@ class Link(asyncio.BufferedProtocol):
         """Close after what is written has been sent; nothing if it is closed."""
         if self in self._hub.links:
             self._transport.close()
+
+    def set_bucket(self, bucket: TokenBucket | None) -> None:
+        """Another limit from now on: what is left of a wait under the old one is forgiven."""
+        if self._session is None:
+            return
+        self._session.set_bucket(bucket)
+        if self._resume_timer is not None:
+            self._resume_timer.cancel()
+            self._resume_reading()
 
     def check_stall(self, now: float) -> None:
         """Drop a client that has not read for too long."""

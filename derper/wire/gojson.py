@@ -12,9 +12,10 @@ import re
 from collections.abc import Sequence
 from typing import Any, Final, NoReturn
 
-__all__ = ["boolean", "integer", "members", "string"]
+__all__ = ["boolean", "integer", "members", "string", "unsigned"]
 
 _INTEGER: Final = re.compile(r"-?[0-9]{1,19}")
+_UNSIGNED: Final = re.compile(r"[0-9]{1,20}")
 _INT64: Final = range(-(1 << 63), 1 << 63)
 # The only two characters outside of ASCII that Unicode's simple folding makes equal to ASCII ones.
 _FOLDING: Final = {0x017F: "s", 0x212A: "k"}
@@ -54,6 +55,13 @@ def integer(value: object) -> int:
     if isinstance(value, _Number) and _INTEGER.fullmatch(value) and int(value) in _INT64:
         return int(value)
     raise ValueError("not a 64-bit integer")
+
+
+def unsigned(value: object) -> int:
+    """A field of Go's type uint64.  Raises ValueError."""
+    if isinstance(value, _Number) and _UNSIGNED.fullmatch(value) and int(value) < 1 << 64:
+        return int(value)
+    raise ValueError("not a whole number from 0 to 18446744073709551615")
 
 
 def boolean(value: object) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
+import sys
 from datetime import UTC, datetime
 from ipaddress import ip_network
 from pathlib import Path
@@ -80,7 +82,7 @@ def test_spellings_of_a_switch(spelling: tuple[str, ...], value: bool) -> None:
         (("-mesh-psk-file", "/mesh"), {"mesh_key_path": "/mesh"}),
         (("-verify-client-url", "https://x/verify"), {"verify_urls": ("https://x/verify",)}),
         (("-verify-client-url-fail-open",), {"verify_fail_open": True}),
-        (("-accept-connection-limit", "+Inf"), {"accept_per_second": 0.0}),
+        (("-accept-connection-limit", "+Inf"), {"accept_per_second": math.inf}),
         (("-accept-connection-limit", "2.5"), {"accept_per_second": 2.5}),
         (("-accept-connection-burst", "10"), {"accept_burst": 10}),
         (("-rate-config", "/rate"), {"rate_config": "/rate"}),
@@ -154,9 +156,10 @@ def test_the_mesh_key_where_stock_derper_looks_for_it(tmp_path: Path) -> None:
 
 def test_an_accept_limit_without_a_burst_is_none() -> None:
     """As with stock derper, whose default burst is without bounds."""
-    for flags, limit in (((), 0.0), (("-accept-connection-burst", "5"), 20.0)):
+    for flags, burst in (((), sys.maxsize), (("-accept-connection-burst", "5"), 5)):
         config = parse(*MANUAL, "-accept-connection-limit", "20", *flags)
-        assert RelayState(config, lambda: datetime.now(UTC)).limits.accept_per_second == limit
+        limits = RelayState(config, lambda: datetime.now(UTC)).limits
+        assert (limits.accept_per_second, limits.accept_burst) == (20.0, burst)
 
 
 def test_dev() -> None:

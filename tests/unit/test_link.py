@@ -297,6 +297,18 @@ async def test_a_client_with_a_rate_waits_often_and_never_for_long() -> None:
         assert node.hub.counters.bytes_received <= burst + a_read
 
 
+async def test_a_new_limit_holds_for_who_waits_under_the_old_one() -> None:
+    async with relay(limits=Limits(client_bytes_per_second=1)) as node:
+        alice, bob = await logged_in(node, ALICE), await logged_in(node, BOB)
+        alice.send(frames.send_packet(BOB.public, bytes(60_000)) * 3)
+        await until(lambda: node.hub.counters.rate_limit_waits)
+        node.hub.set_limits(Limits(client_bytes_per_second=1 << 30))
+        for _ in range(3):
+            await bob.frame()
+        node.hub.set_limits(Limits())
+        assert node.session(ALICE).read_limit == 0
+
+
 async def test_a_client_that_leaves_while_it_is_throttled() -> None:
     async with relay(limits=Limits(client_bytes_per_second=1)) as node:
         alice = await logged_in(node, ALICE)

@@ -24,10 +24,11 @@ from derper import certs, server
 from derper.certs import CertificatePair
 from derper.client import Client, DialError, Endpoint, dial_endpoint
 from derper.config import parse_flags
+from derper.net.hub import MeshKeys
 from derper.net.link import Link
 from derper.net.listener import Listener
 from derper.net.mesh import Mesh
-from derper.server import Relay, StartError
+from derper.server import Relay, StartError, Timings
 from derper.wire import stun
 from derper.wire.client import PeerGone, ReceivedPacket, Restarting
 from derper.wire.keys import MeshKey, NodePrivate
@@ -36,14 +37,11 @@ from .loopback import PATIENCE, RawClient, free_port, pair_for, private, until
 
 pytestmark = pytest.mark.both_loops
 ALICE, BOB, CAROL = private(1), private(2), private(3)
-MESH_KEY = MeshKey(b"\xab" * 32)
+MESH_KEY, OTHER_KEY = MeshKey(b"\xab" * 32), MeshKey(b"\xcd" * 32)
 NOW = datetime.now(UTC)
 
 
-@pytest.fixture(autouse=True)
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "_POLL_SECONDS", 0.01)
-    monkeypatch.setattr(server, "_DRAIN_STEP_SECONDS", 0.01)
+FAST = Timings(poll=0.01, settle=0.01, drain_step=0.01)
 
 
 def replace_file(path: Path, data: bytes | str) -> None:
@@ -79,6 +77,13 @@ async def ask_stun(port: int) -> bytes | None:
         transport.close()
 
 
+async def knock(port: int) -> None:
+    """Connect, say nothing and go."""
+    _, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.close()
+    await writer.wait_closed()
+
+
 class Node:
     """One pod of a region: its files, and the relay that reads them."""
 
@@ -92,7 +97,7 @@ class Node:
         flags = ["-settings", str(root / "settings.json"), "-node", self.name, "-stun-port", "0", "-http-port", "-1"]
         flags += ["-c", str(root / f"{self.name}.derper.key"), "-mesh-psk-file", str(root / "mesh.key")]
         flags += ["-a", f"127.0.0.1:{self.port}", "-metrics-addr", f"127.0.0.1:{self.metrics_port}"]
-        self.relay = Relay(parse_flags(flags, {}, is_root=False), rng=random.Random(number))
+        self.relay = Relay(parse_flags(flags, {}, is_root=False), rng=random.Random(number), timings=FAST)
 
     @property
     def entry(self) -> dict[str, Any]:
@@ -230,9 +235,9 @@ async def test_broken_files_keep_the_old(region: Region) -> None:
             good = (region.root / name).read_bytes()
             replace_file(region.root / name, "broken")
             await until(lambda: node.relay.state.problems)
-            assert await node.ready() == (200, "ok\n")
             (problem,) = (await node.status())["problems"]
             assert name in problem
+            assert await node.ready() == (200, f"ok\n{problem}\n")
             assert 'derper_config_problem{what="' in (await get(node.metrics_port, "/metrics"))[1]
             bob = await node.dial(BOB)
             alice.send(BOB.public, b"hello")
@@ -241,6 +246,53 @@ async def test_broken_files_keep_the_old(region: Region) -> None:
             replace_file(region.root / name, good)
             await until(lambda: not node.relay.state.problems)
         await alice.close()
+
+
+async def test_all_files_are_read_when_somebody_asks(region: Region, caplog: pytest.LogCaptureFixture) -> None:
+    """SIGHUP: at once, also those that did not change; connected clients notice nothing."""
+    caplog.set_level(logging.INFO, "derper")
+    node = region.nodes[0]
+    node.relay._timings = Timings(poll=1000.0)
+    region.write(node)
+    async with running(node.relay):
+        alice = await node.dial(ALICE)
+        pairs = node.relay.state.pairs
+        replace_file(region.root / "mesh.key", OTHER_KEY.secret_text())
+        caplog.clear()
+        node.relay.reload()
+        await until(lambda: node.relay.state.pairs is not pairs)
+        assert node.relay.hub is not None
+        await until(lambda: node.relay.hub.mesh_keys == MeshKeys(OTHER_KEY, (OTHER_KEY,)))
+        names = ("settings", "key list", "server key", "mesh key", "certificates")
+        expected = ["derper: reading all files again", *(f"{name}: read" for name in names)]
+        assert [record.getMessage() for record in caplog.records] == expected
+        replace_file(region.root / "mesh.key", "broken")
+        node.relay.reload()
+        await until(lambda: node.relay.state.problems)
+        assert node.relay.serving()
+        alice.send(ALICE.public, b"still here")
+        assert await alice.receive_packet() == ReceivedPacket(ALICE.public, b"still here")
+        await alice.close()
+
+
+async def test_a_new_accept_limit_does_not_fill_the_bucket(region: Region) -> None:
+    node = region.nodes[0]
+    region.write(node)
+    region.settings(node, limits={"acceptPerSecond": 0.001, "acceptBurst": 3})
+    async with running(node.relay):
+        listener = node.relay.listener
+        assert listener is not None
+        for _ in range(3):
+            await knock(node.port)
+        await until(lambda: listener.accepted == 3)
+        region.settings(node, limits={"acceptPerSecond": 0.002, "acceptBurst": 5})
+        await until(lambda: node.relay.state.limits.accept_burst == 5)
+        await knock(node.port)
+        await until(lambda: listener.rejected == 1)
+        region.settings(node)
+        await until(lambda: listener.limit is None)
+        await knock(node.port)
+        await until(lambda: listener.accepted == 4)
 
 
 async def test_new_certificates_are_for_new_connections(region: Region) -> None:
@@ -449,7 +501,7 @@ async def test_status_of_a_relay_without_anything(region: Region) -> None:
 
 async def by_flags(tmp_path: Path, *flags: str) -> Relay:
     base = ["-c", str(tmp_path / "derper.key"), "-certdir", str(tmp_path), "-http-port", "-1", "-stun=false"]
-    return Relay(parse_flags([*base, *flags], {}, is_root=False), rng=random.Random(1))
+    return Relay(parse_flags([*base, *flags], {}, is_root=False), rng=random.Random(1), timings=FAST)
 
 
 MANUAL = ("-certmode", "manual", "-a", "127.0.0.1:0")
@@ -623,10 +675,10 @@ async def test_the_order_of_the_drain(region: Region, monkeypatch: pytest.Monkey
         await until(lambda: not second.meshed(first))
 
 
-async def test_while_it_drains_it_says_so_and_stun_is_silent(region: Region, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_while_it_drains_it_says_so_and_stun_is_silent(region: Region) -> None:
     node = region.nodes[0]
     region.write(node)
-    monkeypatch.setattr(server, "_DRAIN_STEP_SECONDS", PATIENCE)  # until the test has seen enough
+    node.relay._timings = replace(FAST, drain_step=PATIENCE)  # until the test has seen enough
     async with running(node.relay):
         clients = [await node.dial(private(number)) for number in range(1, 4)]
         assert node.relay.stun is not None
@@ -644,13 +696,10 @@ async def test_while_it_drains_it_says_so_and_stun_is_silent(region: Region, mon
             await client.close()
 
 
-async def test_clients_left_behind_are_still_reached_while_others_leave(
-    region: Region, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_clients_left_behind_are_still_reached_while_others_leave(region: Region) -> None:
     first, second, _ = region.nodes
     region.write(first, second)
-    monkeypatch.setattr(server, "_DRAIN_STEPS", 2)
-    monkeypatch.setattr(server, "_DRAIN_STEP_SECONDS", PATIENCE)
+    first.relay._timings = replace(FAST, drain_steps=2, drain_step=PATIENCE)
     async with running(first.relay, second.relay):
         await until(lambda: first.meshed(second) and second.meshed(first))
         clients = [await first.dial(private(number)) for number in (1, 2)]
