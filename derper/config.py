@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Any, Final
@@ -34,6 +34,13 @@ class MeshHost:
     port: int
     dial_host: str
 
+    @property
+    def name(self) -> str:
+        """What it is called in logs, status and metrics: the entry itself, as short as it can be."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        port = "" if self.port == 443 else f":{self.port}"
+        return host + port + ("" if self.dial_host == self.host else f"/{self.dial_host}")
+
 
 @dataclass(frozen=True, slots=True)
 class Config:
@@ -51,6 +58,7 @@ class Config:
     derp: bool = True
     home: str = ""
     mesh_key_path: str = ""
+    mesh_key: str = field(default="", repr=False)  #: the key itself, with -dev only
     mesh_with: tuple[MeshHost, ...] = ()
     bootstrap_dns: tuple[str, ...] = ()
     unpublished_dns: tuple[str, ...] = ()
@@ -81,6 +89,7 @@ class Config:
 
 
 _DURATION: Final = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
+_DEV_MESH_KEY: Final = "TAILSCALE_DERPER_MESH_KEY"  # an environment variable (cmd/derper, meshKeyEnvVar)
 _UNITS: Final = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _DNS_NAME: Final = re.compile(
     r"(?=.{1,253}\.?$)([A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\.)*[A-Za-z0-9_-]{1,63}\.?"
@@ -179,8 +188,11 @@ def _mesh_host(entry: str) -> MeshHost:
     host, colon, port = parts[0].rpartition(":")
     if not colon or (":" in host and not host.startswith("[")):
         host, port = parts[0], "443"
+    number = _port(port)
+    if number < 1:
+        raise ValueError(f"a list of HOST or HOST/DIAL-HOST; {entry!r} has no port to dial")
     name = _host_name(host.strip("[]"))
-    return MeshHost(name, _port(port), parts[1] if len(parts) == 2 else name)
+    return MeshHost(name, number, _host_name(parts[1].strip("[]")) if len(parts) == 2 else name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,8 +333,8 @@ def _check(config: Config) -> None:
         return
     if config.node:
         raise UsageError("-node only goes with -settings")
-    if config.mesh_with and not config.mesh_key_path:
-        raise UsageError("-mesh-with requires -mesh-psk-file")
+    if config.mesh_with and not config.mesh_key_path and not config.mesh_key:
+        raise UsageError(f"-mesh-with requires {_DEV_MESH_KEY if config.dev else '-mesh-psk-file'}")
     if config.cert_mode not in ("manual", "letsencrypt", "gcp"):
         raise UsageError(f"-certmode must be manual, not {config.cert_mode!r}")
     if config.tls and config.cert_mode != "manual":
@@ -346,9 +358,11 @@ def _with_defaults(config: Config, environ: Mapping[str, str], is_root: bool) ->
     if not config.cert_dir:
         cache = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME", "."), ".cache")
         changes["cert_dir"] = str(Path(cache) / "tailscale" / "derper-certs")
-    if not config.mesh_key_path and not config.settings and not config.dev:
+    if config.dev:  # as stock derper: a file is not looked at
+        changes["mesh_key"], changes["mesh_key_path"] = environ.get(_DEV_MESH_KEY, ""), ""
+    elif not config.mesh_key_path and not config.settings:
         changes["mesh_key_path"] = _usual_mesh_key(environ)
-    return Config(**{field.name: changes.get(field.name, getattr(config, field.name)) for field in fields(Config)})
+    return Config(**{item.name: changes.get(item.name, getattr(config, item.name)) for item in fields(Config)})
 
 
 def _usual_mesh_key(environ: Mapping[str, str]) -> str:

@@ -26,6 +26,7 @@ __all__ = [
     "load_pairs",
     "make_ip_certificate",
     "make_key",
+    "parse_mesh_keys",
     "read_file",
     "read_text",
 ]
@@ -172,17 +173,24 @@ def make_key(path: Path) -> None:
 
 def load_mesh_keys(path: Path) -> MeshKeys:
     """The first line is the key to present; further lines are accepted from peers too.  Raises `FileError`."""
-    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    return parse_mesh_keys(read_text(path), path)
+
+
+def parse_mesh_keys(text: str, source: object) -> MeshKeys:
+    """The same from text; `source` says where it is from.  Raises `FileError`."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
-        raise FileError(f"{path}: it is empty; it must hold a mesh key of 64 hexadecimal digits")
+        raise FileError(f"{source}: it is empty; it must hold a mesh key of 64 hexadecimal digits")
     keys = []
     for number, line in enumerate(lines, 1):
         try:
             keys.append(MeshKey.parse(line))
         except KeyFormatError as error:
-            raise FileError(f"{path}, line {number}: {error}") from None
+            raise FileError(f"{source}, line {number}: {error}") from None
         if not line.strip("0"):  # for stock derper this is no key at all; anybody would guess it
-            raise FileError(f"{path}, line {number}: a mesh key of zeros is no secret; make one: openssl rand -hex 32")
+            raise FileError(
+                f"{source}, line {number}: a mesh key of zeros is no secret; make one: openssl rand -hex 32"
+            )
     return MeshKeys(keys[0], tuple(keys))
 
 

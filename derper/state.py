@@ -61,6 +61,8 @@ class RelayState:
         if not self.config.settings:
             if self.config.key_path:
                 files.make_key(Path(self.config.key_path))
+            if self.config.mesh_key:
+                self.mesh_keys = files.parse_mesh_keys(self.config.mesh_key, "the mesh key of the environment")
             if self.config.tls:
                 files.make_ip_certificate(self._flag_stem(), self.config.hostname, self._now())
         for watched in self.watched:
@@ -115,7 +117,7 @@ class RelayState:
         """The other relays of the region."""
         if self.settings is None:
             return {
-                entry.host: Peer(entry.host, Endpoint((entry.dial_host,), entry.port, entry.host))
+                entry.name: Peer(entry.name, Endpoint((entry.dial_host,), entry.port, entry.host))
                 for entry in self.config.mesh_with
             }
         return {

@@ -119,14 +119,33 @@ def test_values(arguments: tuple[str, ...], changes: dict[str, Any]) -> None:
 
 def test_mesh_hosts() -> None:
     config = parse(
-        *MANUAL, "-mesh-psk-file", "/mesh", "-mesh-with", "a.example.com, b.example.com/10.0.0.2,c:8443,[::1]:1"
+        *MANUAL,
+        "-mesh-psk-file",
+        "/mesh",
+        "-mesh-with",
+        "a.example.com, b.example.com/10.0.0.2,c:8443,[::1]:1,,c:8443/[::2],::3",
     )
     assert config.mesh_with == (
         MeshHost("a.example.com", 443, "a.example.com"),
         MeshHost("b.example.com", 443, "10.0.0.2"),
         MeshHost("c", 8443, "c"),
         MeshHost("::1", 1, "::1"),
+        MeshHost("c", 8443, "::2"),
+        MeshHost("::3", 443, "::3"),
     )
+    names = ["a.example.com", "b.example.com/10.0.0.2", "c:8443", "[::1]:1", "c:8443/::2", "[::3]"]
+    assert [entry.name for entry in config.mesh_with] == names
+
+
+def test_the_mesh_key_of_a_development_relay() -> None:
+    """From the environment and nowhere else, as with stock derper."""
+    key = "ab" * 32
+    config = parse("-dev", "-mesh-psk-file", "/mesh", "-mesh-with", "a", TAILSCALE_DERPER_MESH_KEY=key)
+    assert (config.mesh_key, config.mesh_key_path) == (key, "")
+    assert key not in repr(config)
+    assert parse(*MANUAL, TAILSCALE_DERPER_MESH_KEY=key).mesh_key == ""
+    with pytest.raises(UsageError, match=r"^-mesh-with requires TAILSCALE_DERPER_MESH_KEY$"):
+        parse("-dev", "-mesh-psk-file", "/mesh", "-mesh-with", "a")
 
 
 @pytest.mark.parametrize(
@@ -218,6 +237,11 @@ LETSENCRYPT = (
             ("-mesh-with", "a/b/c"),
             "-mesh-with must be a list of HOST or HOST/DIAL-HOST; 'a/b/c' has too many parts, not 'a/b/c'",
         ),
+        (
+            ("-mesh-with", "a:0"),
+            "-mesh-with must be a list of HOST or HOST/DIAL-HOST; 'a:0' has no port to dial, not 'a:0'",
+        ),
+        (("-mesh-with", "a/b:1"), "-mesh-with must be a DNS name or an IP address, not 'a/b:1'"),
         (("-mesh-with", "a b"), "-mesh-with must be a DNS name or an IP address, not 'a b'"),
         (("-mesh-with", "a"), "-mesh-with requires -mesh-psk-file"),
         (("-certmode", "wat"), "-certmode must be manual, not 'wat'"),

@@ -551,6 +551,25 @@ def test_limits_from_the_settings(pod: Pod) -> None:
     assert (pod.state.limits.client_bytes_per_second, pod.state.limits.write_timeout) == (5, 2.0)
 
 
+def test_two_peers_of_one_host(tmp_path: Path) -> None:
+    (tmp_path / "mesh").write_text(FIRST.secret_text())
+    flags = ("-a", ":1", "-mesh-psk-file", str(tmp_path / "mesh"), "-mesh-with", "a:1,a:2,a:2/10.0.0.1")
+    state = RelayState(config(tmp_path, *flags), lambda: NOW)
+    assert list(state.peers()) == ["a:1", "a:2", "a:2/10.0.0.1"]
+
+
+def test_the_mesh_key_of_a_development_relay() -> None:
+    def state(text: str) -> RelayState:
+        return RelayState(parse_flags(["-dev"], {"TAILSCALE_DERPER_MESH_KEY": text}, is_root=False), lambda: NOW)
+
+    good = state(f" {FIRST.secret_text().upper()}\n")
+    good.load_all()
+    assert good.mesh_keys is not None
+    assert good.mesh_keys.current == FIRST
+    with pytest.raises(FileError, match=r"^the mesh key of the environment, line 1: a mesh key must be 64 hex.* 2 ch"):
+        state("xy").load_all()
+
+
 def test_a_development_relay_makes_its_key() -> None:
     state = RelayState(parse_flags(["-dev"], {}, is_root=False), lambda: NOW)
     state.load_all()
