@@ -81,6 +81,10 @@ class Config:
     trusted_proxies: tuple[Network, ...] = ()
     proxy_protocol: bool = False
     dev: bool = False
+    debug_key_path: str = ""
+    debug_ip: str = ""
+    debug_networks: tuple[Network, ...] = ()
+    round_trips: bool = True
 
     @property
     def tls(self) -> bool:
@@ -278,7 +282,7 @@ def parse_flags(arguments: Sequence[str], environ: Mapping[str, str], *, is_root
     values = _values(arguments)
     if values.pop("dev", False):
         values = {"listen_port": 3340, "listen_host": "", "http_port": -1, **values, "dev": True}
-    config = _with_defaults(Config(**values), environ, is_root)
+    config = _with_defaults(Config(**values, **_environment(environ)), environ, is_root)
     _check(config)
     _check_proxies(config)
     return config
@@ -347,6 +351,24 @@ def _check(config: Config) -> None:
 def _check_proxies(config: Config) -> None:
     if config.proxy_protocol and not config.trusted_proxies:
         raise UsageError("-proxy-protocol needs -trusted-proxies: anybody else could claim any address")
+
+
+def _environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """What stock derper reads from its environment (tsweb.AllowDebugAccess, sclient.run)."""
+    variables = (
+        ("TS_DEBUG_KEY_PATH", "debug_key_path", str),
+        ("TS_ALLOW_DEBUG_IP", "debug_ip", str),
+        ("TS_DEBUG_TRUSTED_CIDRS", "debug_networks", _networks),
+        ("TS_DERP_DISABLE_RTT_STATS", "round_trips", lambda text: not _switch(text)),
+    )
+    values = {}
+    for name, field, parse in variables:
+        if text := environ.get(name, ""):
+            try:
+                values[field] = parse(text)
+            except ValueError as error:
+                raise UsageError(f"the environment variable {name} must be {error}, not {text!r}") from None
+    return values
 
 
 def _with_defaults(config: Config, environ: Mapping[str, str], is_root: bool) -> Config:

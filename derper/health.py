@@ -12,22 +12,24 @@ import asyncio
 import json
 import os
 import socket
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
 
-from . import metrics, status
+from . import __version__, metrics, status
+from .expvar import vars_json
+from .net.debug import Facts
 from .net.sockets import bind_unix
 
 if TYPE_CHECKING:
     from .relay.session import Session
     from .server import Relay
 
-__all__ = ["DEFAULT_SOCKET", "Health", "default_socket"]
+__all__ = ["DEFAULT_SOCKET", "Health", "debug_facts", "default_socket"]
 
 DEFAULT_SOCKET: Final = Path("/run/derper/derper.sock")  # systemd's RuntimeDirectory=derper makes the folder
 
@@ -116,6 +118,30 @@ class Health:
                 separator = ",\n"
         await response.write(b"]}\n")
         return response
+
+
+def debug_facts(relay: Relay) -> Facts:
+    """What the pages below ``/debug/`` show."""
+
+    def title() -> dict[str, object]:
+        uptime = timedelta(seconds=int((datetime.now(UTC) - relay.started_at).total_seconds()))
+        return {
+            "Uptime": uptime,
+            "Version": __version__,
+            "TLS hostname": relay.config.hostname,
+            "Mesh key": str(relay.state.mesh_keys is not None).lower(),
+        }
+
+    def clients() -> Iterator[dict[str, object]]:
+        now, moment = asyncio.get_running_loop().time(), datetime.now(UTC)
+        return (status.client_entry(session, now, moment) for session in status.sessions(relay))
+
+    return Facts(
+        title,
+        vars=lambda: vars_json(metrics.published(relay)),
+        varz=lambda: metrics.text(relay),
+        clients=clients,
+    )
 
 
 def _is_local(request: web.Request) -> bool:

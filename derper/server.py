@@ -27,12 +27,13 @@ from .certs import CertificateError, CertificatePair, ip_address_of, pin
 from .config import Config
 from .derpmap import DERPNode
 from .files import FileError
-from .health import Health, default_socket
+from .health import Health, debug_facts, default_socket
 from .metrics import resident_memory
 from .net.admission import Admission
 from .net.bootstrap_dns import BootstrapDNS, SystemResolver
+from .net.debug import Access, Debug
 from .net.doorman import Doorman, Reception
-from .net.http import connections, public_app, redirect_app
+from .net.http import Site, connections, public_app, redirect_app
 from .net.hub import Hub
 from .net.listener import Listener, SocketOptions
 from .net.mesh import Mesh
@@ -40,6 +41,7 @@ from .net.mesh import Timings as MeshTimings
 from .net.stun import STUNServer
 from .net.tls import ServerTLS, utc_now
 from .relay.limits import TokenBucket
+from .relay.session import Remote
 from .state import RelayState
 from .wire import frames
 
@@ -92,10 +94,11 @@ class Relay:
         self._served_pairs: tuple[CertificatePair, ...] = ()
         self._runners: list[web.AppRunner] = []
         self._health: Health | None = None
-        self._public: Callable[[], asyncio.Protocol] | None = None
+        self._public: Callable[[Remote], asyncio.Protocol] | None = None
         self._poll_task: asyncio.Task[None] | None = None
         self._accepts: TokenBucket | None = None
         self._asked_to_reload = asyncio.Event()
+        self._dns_task: asyncio.Task[None] | None = None
         self._options = SocketOptions(config.tcp_keep_alive, config.tcp_user_timeout)
 
     # -- life ----------------------------------------------------------------------------------------------
@@ -114,7 +117,9 @@ class Relay:
             raise
         if self.config.tls and not self.config.settings:
             self._announce_certificate()
-        self._poll_task = asyncio.get_running_loop().create_task(self._follow_files())
+        loop = asyncio.get_running_loop()
+        self._poll_task = loop.create_task(self._follow_files())
+        self._dns_task = loop.create_task(self.bootstrap_dns.run())
 
     def reload(self) -> None:
         """Read all files now, whether they look changed or not (SIGHUP; stock derper reads its rate config then)."""
@@ -139,8 +144,9 @@ class Relay:
     async def close(self) -> None:
         """Close everything at once."""
         self.draining = True
-        if self._poll_task is not None:
-            self._poll_task.cancel()
+        for task in (self._poll_task, self._dns_task):
+            if task is not None:
+                task.cancel()
         for listener in (self.listener, self._http_listener):
             if listener is not None:
                 listener.close()
@@ -181,6 +187,7 @@ class Relay:
             self.mesh = Mesh(self.hub, rng=self._rng, timings=self._timings.mesh)
             self.hub.mesh_peer_seen = self.mesh.seen
             self.tls = ServerTLS(state.private_key.public.hex(), names_only=not self.config.settings)
+            self.hub.round_trips.enabled = self.config.round_trips
             self.hub.start()
         if self.hub is None:
             return
@@ -215,7 +222,7 @@ class Relay:
     async def _listen(self, hub: Hub) -> None:
         config = self.config
         if self._public is None:  # this is tried again while the port is taken
-            self._public = await self._runner(public_app(config.home, derp=config.derp))
+            self._public = await self._runner(public_app(self._site(hub), tls=config.tls))
         reception = Reception(hub, self._public, serve_derp=config.derp)
         self.listener = self._open_port(config.listen_port, "-a", reception, tls=config.tls)
         self.listener.limit = self._accept_limit()
@@ -225,8 +232,14 @@ class Relay:
         log.info("derper: serving on %s:%d %s", config.listen_host, self.listener.port, scheme)
 
     async def _listen_http(self, hub: Hub) -> None:
-        reception = Reception(hub, await self._runner(redirect_app()), serve_derp=False)
+        reception = Reception(hub, await self._runner(redirect_app(self._site(hub))), serve_derp=False)
         self._http_listener = self._open_port(self.config.http_port, "-http-port", reception, tls=False)
+
+    def _site(self, hub: Hub) -> Site:
+        config = self.config
+        access = Access(config.debug_key_path, config.debug_ip, config.debug_networks, tell=config.dev)
+        debug = Debug(access, hub, debug_facts(self))
+        return Site(hub.counters, config.home, config.derp, self.bootstrap_dns, debug)
 
     def _open_port(self, port: int, flag: str, reception: Reception, *, tls: bool) -> Listener:
         """Listen for those who go to `reception`.  Raises `StartError`; `flag` is what can choose another port."""

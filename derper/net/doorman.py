@@ -41,7 +41,7 @@ class Reception:
     """Where the doorman sends people."""
 
     hub: Hub
-    http: Callable[[], asyncio.Protocol]  #: makes aiohttp's protocol for one connection
+    http: Callable[[Remote], asyncio.Protocol]  #: makes aiohttp's protocol for one connection of that client
     serve_derp: bool = True  #: false: ``/derp`` answers 404, as ``--derp=false``
 
 
@@ -105,7 +105,7 @@ class Doorman(asyncio.Protocol):
         link.take_over(self._transport, greeting, early)
 
     def _hand_to_http(self) -> None:
-        handler = self._reception.http()
+        handler = self._reception.http(self._remote or remote_of(self._transport))
         self._transport.set_protocol(handler)
         handler.connection_made(self._transport)
         handler.data_received(bytes(self._head))

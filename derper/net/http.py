@@ -4,57 +4,93 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Mapping
-from html import escape
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from aiohttp import web
 
-__all__ = ["connections", "public_app", "redirect_app"]
+from ..relay.counters import Counters
+from ..relay.session import Remote
+from .bootstrap_dns import BootstrapDNS
+from .debug import Debug
+from .mux import BROWSER_HEADERS, Handler, Mux, client_of, error, redirect
+from .sockets import tls_version
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+__all__ = ["Site", "connections", "public_app", "redirect_app"]
 
 _CHALLENGE: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _NO_STORE: Final = "no-cache, no-store, must-revalidate, no-transform, max-age=0"
-_BROWSER_HEADERS: Final = {  # tsweb.AddBrowserHeaders
-    "Strict-Transport-Security": "max-age=63072000; includeSubDomains",
-    "Content-Security-Policy": (
-        "default-src 'self'; frame-ancestors 'none'; form-action 'self'; base-uri 'self'; "
-        "block-all-mixed-content; object-src 'none'"
-    ),
-    "X-Frame-Options": "DENY",
-    "X-Content-Type-Options": "nosniff",
-}
 
 
-def public_app(home: str, *, derp: bool) -> web.Application:
-    """The pages beside ``/derp``.  `home` is empty or "blank" for a blank page, or a URL to redirect to."""
-    app = _app()
-    for path in ("/derp/probe", "/derp/latency-check"):
-        app.router.add_route("*", path, probe)
-    app.router.add_route("*", "/generate_204", generate_204)
-    app.router.add_route("*", "/robots.txt", robots)
-    app.router.add_route("*", "/derp", no_upgrade if derp else disabled)
-    app.router.add_route("*", "/{path:.*}", _home(home))
-    return app
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What the pages need to know."""
+
+    counters: Counters
+    home: str = ""  #: empty or "blank" for a blank page, or a URL to redirect to
+    derp: bool = True  #: false: ``/derp`` answers 404
+    bootstrap_dns: BootstrapDNS | None = None
+    debug: Debug | None = None
 
 
-def redirect_app() -> web.Application:
-    """The pages of the plain HTTP port: the captive-portal check, and a redirect to HTTPS (tsweb.Port80Handler)."""
-    app = _app()
-    app.router.add_route("*", "/generate_204", generate_204)
-    app.router.add_route("*", "/{path:.*}", to_https)
-    return app
+def public_app(site: Site, *, tls: bool) -> web.Application:
+    """The pages beside ``/derp``."""
+    mux = _public_mux(site)
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        if tls and request.method == "CONNECT":  # stock derper without -ace (cmd/derper/ace.go)
+            return error(403, "CONNECT not enabled")
+        return await mux(request)
+
+    return _app(_counted(site.counters, answer))
 
 
-def connections(server: web.Server, keep_alive: float) -> Callable[[], asyncio.Protocol]:
-    """Makes the protocol for one connection to the server; an idle one lives `keep_alive` seconds."""
+def redirect_app(site: Site) -> web.Application:
+    """The pages of the plain HTTP port: the captive-portal check, ``/debug/``, and a redirect to HTTPS."""
+    main = _public_mux(site)
+
+    async def elsewhere(request: web.Request) -> web.StreamResponse:
+        return await to_https(request, main, site.debug)
+
+    return _app(Mux({"/generate_204": generate_204, "/": elsewhere}))
+
+
+def _public_mux(site: Site) -> Mux:
+    pages: dict[str, Handler] = {
+        "/": _home(site.home),
+        "/derp": no_upgrade if site.derp else disabled,
+        "/derp/probe": probe,
+        "/derp/latency-check": probe,
+        "/generate_204": generate_204,
+        "/robots.txt": robots,
+    }
+    if site.bootstrap_dns is not None:
+        pages["/bootstrap-dns"] = partial(bootstrap, site.bootstrap_dns)
+    if site.debug is not None:
+        pages |= site.debug.pages
+    return Mux(pages)
+
+
+def connections(server: web.Server, keep_alive: float) -> Callable[[Remote], asyncio.Protocol]:
+    """Makes the protocol for one connection of a client; an idle one lives `keep_alive` seconds."""
     loop = asyncio.get_running_loop()
     options: dict[str, Any] = {"access_log": None, "keepalive_timeout": keep_alive}
-    return lambda: _Connection(server, loop=loop, **options)
+
+    def connection(remote: Remote) -> _Connection:
+        made = _Connection(server, loop=loop, **options)
+        made.remote = remote
+        return made
+
+    return connection
 
 
 class _Connection(web.RequestHandler):
+    __slots__ = ("remote",)
+
+    remote: Remote
+
     def handle_error(
         self,
         request: web.BaseRequest,
@@ -73,7 +109,7 @@ class _Connection(web.RequestHandler):
 async def probe(request: web.Request) -> web.StreamResponse:
     """Where clients without UDP measure latency."""
     if request.method not in ("GET", "HEAD"):
-        return _error(405, "bogus probe method")
+        return error(405, "bogus probe method")
     return web.Response(headers={"Access-Control-Allow-Origin": "*"})
 
 
@@ -88,65 +124,76 @@ async def generate_204(request: web.Request) -> web.StreamResponse:
 
 async def robots(_request: web.Request) -> web.StreamResponse:
     """Keep search engines out."""
-    return web.Response(text="User-agent: *\nDisallow: /\n", headers=_BROWSER_HEADERS)
+    return web.Response(text="User-agent: *\nDisallow: /\n", headers=BROWSER_HEADERS)
 
 
 async def disabled(_request: web.Request) -> web.StreamResponse:
     """``/derp`` with ``-derp=false``."""
-    return _error(404, "derp server disabled")
+    return error(404, "derp server disabled")
 
 
 async def no_upgrade(request: web.Request) -> web.StreamResponse:
     """``/derp`` for those who do not upgrade, or too late: the doorman looks at a connection's first request only."""
-    response = _error(426, "DERP requires connection upgrade")
+    response = error(426, "DERP requires connection upgrade")
     if "Upgrade" in request.headers:
         response.force_close()
     return response
 
 
-async def to_https(request: web.Request) -> web.StreamResponse:
-    """The same page, with TLS."""
+async def bootstrap(names: BootstrapDNS, request: web.Request) -> web.StreamResponse:
+    """``/bootstrap-dns``: clients ask once, of any region, so the connection is not kept."""
+    body = names.answer(request.query.get("q", ""), client_of(request))
+    response = web.Response(body=body, content_type="application/json", headers=BROWSER_HEADERS)
+    response.force_close()
+    return response
+
+
+async def to_https(request: web.Request, main: Mux, debug: Debug | None) -> web.StreamResponse:
+    """The same page, with TLS (tsweb.Port80Handler)."""
+    path = request.raw_path
+    if path.startswith("/debug"):
+        return await main(request)
     if request.method not in ("GET", "HEAD"):
-        return _error(400, "Use HTTPS")
-    host = re.sub(r"[^A-Za-z0-9.:\[\]_-]", "", request.host)
-    return _redirect(f"https://{host}{request.raw_path}")
+        return error(400, "Use HTTPS")
+    if path == "/" and debug is not None and debug.access.allows(request):
+        path = "/debug/"
+    host = re.sub(r"[^A-Za-z0-9.:\[\]_-]", "", request.headers.get("Host", ""))
+    return redirect(request, 302, f"https://{host}{path}")
 
 
 def _home(home: str) -> Handler:
     async def blank(_request: web.Request) -> web.StreamResponse:
-        return web.Response(content_type="text/html", charset="utf-8", headers=_BROWSER_HEADERS)
+        return web.Response(content_type="text/html", charset="utf-8", headers=BROWSER_HEADERS)
 
-    async def redirect(_request: web.Request) -> web.StreamResponse:
-        return _redirect(home, _BROWSER_HEADERS)
+    async def elsewhere(request: web.Request) -> web.StreamResponse:
+        return redirect(request, 302, home, BROWSER_HEADERS)
 
-    return redirect if home.startswith("http") else blank
-
-
-def _error(status: int, text: str) -> web.Response:
-    """As Go's http.Error."""
-    return web.Response(status=status, text=text + "\n", headers={"X-Content-Type-Options": "nosniff"})
+    return elsewhere if home.startswith("http") else blank
 
 
-def _redirect(location: str, headers: Mapping[str, str] | None = None) -> web.Response:
-    """As Go's http.Redirect."""
-    body = f'<a href="{escape(location)}">Found</a>.\n\n'
-    return web.Response(
-        status=302,
-        text=body,
-        content_type="text/html",
-        charset="utf-8",
-        headers={"Location": location, **(headers or {})},
-    )
+def _counted(counters: Counters, handler: Handler) -> Handler:
+    """Count requests by TLS version."""
+
+    async def counting(request: web.Request) -> web.StreamResponse:
+        version = tls_version(request.transport) if request.transport is not None else None
+        if version is None:
+            return await handler(request)
+        counters.http_requests[version] += 1
+        counters.http_in_progress[version] += 1
+        try:
+            return await handler(request)
+        finally:
+            counters.http_in_progress[version] -= 1
+
+    return counting
 
 
-@web.middleware
-async def _no_proxy(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Stock derper without -ace (cmd/derper/ace.go)."""
-    return _error(403, "CONNECT not enabled") if request.method == "CONNECT" else await handler(request)
+def _app(page: Handler) -> web.Application:
+    @web.middleware
+    async def instead_of_routes(request: web.Request, handler: Handler) -> web.StreamResponse:
+        return await page(request)
 
-
-def _app() -> web.Application:
-    app = web.Application(middlewares=[_no_proxy])
+    app = web.Application(middlewares=[instead_of_routes])
     app.on_response_prepare.append(_unsigned)
     return app
 

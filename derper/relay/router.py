@@ -14,6 +14,7 @@ A local client always wins over a forwarder, and a forwarded packet is never for
 
 from __future__ import annotations
 
+from collections.abc import ItemsView
 from typing import TYPE_CHECKING, Protocol
 
 from ..wire import frames
@@ -201,6 +202,10 @@ class Router:
         """`session` is about to get a packet from `source`: tell it when that one leaves the region."""
         session.sources.add(source)
         self._interested.setdefault(source, set()).add(session)
+
+    def interested(self) -> ItemsView[bytes, set[Session]]:
+        """Keys, and the sessions that are told when they leave."""
+        return self._interested.items()
 
     def _lose_interest(self, source: bytes, session: Session) -> None:
         interested = self._interested.get(source)

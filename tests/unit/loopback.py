@@ -18,7 +18,7 @@ from derper.certs import CertificatePair
 from derper.client import Client, Endpoint, Options, dial_endpoint
 from derper.net.admission import Admission
 from derper.net.doorman import Doorman, Reception
-from derper.net.http import connections, public_app
+from derper.net.http import Site, connections, public_app
 from derper.net.hub import Hub
 from derper.net.listener import Listener, SocketOptions
 from derper.net.tls import ServerTLS
@@ -173,7 +173,8 @@ async def relay(
     server_tls = ServerTLS(hub.private_key.public.hex())
     if tls:
         server_tls.load([pair_for(HOST_NAME)], datetime.now(UTC))
-    runner = web.AppRunner(public_app(home, derp=serve_derp), access_log=None, handle_signals=False)
+    app = public_app(Site(hub.counters, home, serve_derp), tls=tls)
+    runner = web.AppRunner(app, access_log=None, handle_signals=False)
     await runner.setup()
     assert runner.server is not None
     reception = Reception(hub, connections(runner.server, 30.0), serve_derp=serve_derp)

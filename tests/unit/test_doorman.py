@@ -213,7 +213,7 @@ async def test_who_leaves_in_the_middle_of_the_head(node: LoopbackRelay) -> None
 
 
 async def test_the_timer_ends_with_the_connection(node: LoopbackRelay) -> None:
-    first = doorman.Doorman(doorman.Reception(node.hub, asyncio.Protocol))
+    first = doorman.Doorman(doorman.Reception(node.hub, lambda _: asyncio.Protocol()))
     first.connection_made(asyncio.Transport())
     timer = first._timer
     assert timer is not None
@@ -287,7 +287,7 @@ async def test_odd_challenges_are_not_repeated(node: LoopbackRelay, challenge: b
         (b"GET", b"/derp/probe", 200),
         (b"HEAD", b"/derp/latency-check", 200),
         (b"POST", b"/derp/latency-check", 405),
-        (b"CONNECT", b"x:443", 403),
+        (b"CONNECT", b"x:443", 404),
         (b"GET", b"/derp/other", 200),
         (b"GET", b"/debug/", 200),
     ],
@@ -312,8 +312,10 @@ async def test_a_body_that_comes_later_reaches_its_handler() -> None:
     app.router.add_post("/keep", keep)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
+    server = runner.server
+    assert server is not None
     async with relay() as node:
-        reception = doorman.Reception(node.hub, runner.server)  # type: ignore[arg-type]
+        reception = doorman.Reception(node.hub, lambda _: server())
         node.listener._factory = lambda remote: doorman.Doorman(reception, remote)
         client = await node.connect()
         client.send(b"POST /keep HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n12345")

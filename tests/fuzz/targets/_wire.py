@@ -150,4 +150,4 @@ class Stranger:
         hub.loop, hub.clock = self.timers, self.timers.time
         self.hub: Hub = hub
         self.http = HTTPSink()
-        self.wire = Wire(Doorman(Reception(self.hub, lambda: self.http)))
+        self.wire = Wire(Doorman(Reception(self.hub, lambda _: self.http)))

@@ -1,0 +1,216 @@
+"""``/debug/``: pages for the operator (tsweb/debug.go, and cmd/derper's additions to it).
+
+They are on the relay's own ports, as with stock derper, for those whom `Access` lets in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import hmac
+import io
+import json
+import socket
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from html import escape
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+from aiohttp import web
+
+from ..relay import consistency
+from .hub import Hub
+from .link import Link
+from .mux import BROWSER_HEADERS, Handler, client_of, error, not_found
+from .sockets import TCPInfo
+
+__all__ = ["Access", "Debug", "Facts"]
+
+Network = IPv4Network | IPv6Network
+
+_TAILSCALE: Final = (IPv4Network("100.64.0.0/10"), IPv6Network("fd7a:115c:a1e0::/48"))
+_CHROME_OS: Final = IPv4Network("100.115.92.0/23")  # its machines use a part of the range among themselves
+_HEADERS: Final = {
+    **BROWSER_HEADERS,
+    "Content-Security-Policy": f"{BROWSER_HEADERS['Content-Security-Policy']}; style-src 'self' 'unsafe-inline'",
+}
+_TRAFFIC_SECONDS: Final = 2.0
+_CLIENTS_SHOWN: Final = 1000
+_NO_PPROF: Final = (
+    "pprof is Go's: here, /debug/pprof/goroutine lists the tasks, and `py-spy top` or"
+    " `py-spy record` on this machine show where time goes"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may see the pages (tsweb.AllowDebugAccess): this machine, Tailscale's addresses, and whom these name."""
+
+    key_path: str = ""  #: file with a key that opens them to anybody, as ``?debugkey=`` (TS_DEBUG_KEY_PATH)
+    ip: str = ""  #: TS_ALLOW_DEBUG_IP
+    networks: tuple[Network, ...] = ()  #: TS_DEBUG_TRUSTED_CIDRS
+    tell: bool = False  #: with -dev: the refusal says how to get in
+
+    def allows(self, request: web.Request) -> bool:
+        """Whether this request may have the page."""
+        if self._knows_key(request):
+            return True
+        client = client_of(request)
+        if client is None or request.headers.get("X-Forwarded-For"):
+            return False  # behind a proxy the address says nothing
+        return client.is_loopback or _is_tailscale(client) or str(client) == self.ip or self._trusts(client)
+
+    def refusal(self, request: web.Request) -> web.Response:
+        """The answer to those who may not."""
+        hint = f"; to permit access, set TS_ALLOW_DEBUG_IP={client_of(request)}" if self.tell else ""
+        return error(403, f"debug access denied{hint}")
+
+    def _trusts(self, client: IPv4Address | IPv6Address) -> bool:
+        return any(client in network for network in self.networks)
+
+    def _knows_key(self, request: web.Request) -> bool:
+        offered = request.query.get("debugkey", "")
+        if request.method != "GET" or not offered or not self.key_path:
+            return False
+        try:
+            key = Path(self.key_path).read_bytes().strip()
+        except OSError:
+            return False
+        return hmac.compare_digest(key, offered.encode())
+
+
+def _is_tailscale(client: IPv4Address | IPv6Address) -> bool:
+    return any(client in network for network in _TAILSCALE) and client not in _CHROME_OS
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the pages show, asked when it is needed."""
+
+    title: Callable[[], Mapping[str, object]]  #: on the index, by name
+    vars: Callable[[], str]  #: all variables as JSON
+    varz: Callable[[], str]  #: the same, for Prometheus
+    clients: Callable[[], Iterable[Mapping[str, object]]]  #: a row for each client, all with the same columns
+
+
+class Debug:
+    """The pages, by path."""
+
+    def __init__(self, access: Access, hub: Hub, facts: Facts) -> None:
+        self.access = access
+        self._hub = hub
+        self._facts = facts
+        protected: dict[str, tuple[str, Handler]] = {
+            "/debug/vars": ("Variables (JSON)", self._vars),
+            "/debug/varz": ("Metrics (Prometheus)", self._varz),
+            "/debug/clients": ("Connected clients", self._clients),
+            "/debug/check": ("Consistency check", self._check),
+            "/debug/traffic": ("Traffic check", self._traffic),
+            "/debug/gc": ("force GC", self._collect),
+            "/debug/pprof/goroutine": ("Tasks", self._tasks),
+            "/debug/pprof/": ("", self._pprof),
+        }
+        self._links = {path: text for path, (text, _) in protected.items() if text}
+        self.pages: dict[str, Handler] = {path: self._protected(page) for path, (_, page) in protected.items()}
+        self.pages["/debug/"] = self._index
+
+    def _protected(self, page: Handler) -> Handler:
+        async def guarded(request: web.Request) -> web.StreamResponse:
+            return await page(request) if self.access.allows(request) else self.access.refusal(request)
+
+        return guarded
+
+    async def _index(self, request: web.Request) -> web.StreamResponse:
+        if not self.access.allows(request):
+            return error(403, "debug access denied")
+        if request.path != "/debug/":
+            return not_found()
+        facts = {**self._facts.title(), "Machine": socket.gethostname()}
+        items = [f"<li><b>{escape(name)}:</b> {escape(str(value))}</li>" for name, value in facts.items()]
+        items += [f'<li><a href="{path}">{path}</a> ({escape(text)})</li>' for path, text in self._links.items()]
+        return _html(f"<html><body><h1>derper debug</h1><ul>{''.join(items)}", BROWSER_HEADERS)
+
+    async def _vars(self, _request: web.Request) -> web.StreamResponse:
+        return web.Response(text=self._facts.vars(), content_type="application/json", charset="utf-8", headers=_HEADERS)
+
+    async def _varz(self, _request: web.Request) -> web.StreamResponse:
+        return _text(self._facts.varz())
+
+    async def _check(self, _request: web.Request) -> web.StreamResponse:
+        if faults := consistency.faults(self._hub.router):
+            return _text(", ".join(faults) + "\n", status=500)
+        return _text("derp.Server ConsistencyCheck okay")
+
+    async def _clients(self, _request: web.Request) -> web.StreamResponse:
+        rows = list(islice(self._facts.clients(), _CLIENTS_SHOWN + 1))
+        more = f"<p>Only the first {_CLIENTS_SHOWN} are shown.</p>" if len(rows) > _CLIENTS_SHOWN else ""
+        head = "".join(f"<th>{escape(name)}</th>" for name in (rows[0] if rows else ()))
+        body = "".join(
+            f"<tr>{''.join(f'<td>{escape(str(value))}</td>' for value in row.values())}</tr>\n"
+            for row in rows[:_CLIENTS_SHOWN]
+        )
+        style = "<style>td, th { text-align: left; padding-right: 1em; font-family: monospace }</style>"
+        page = f"<html><head>{style}</head><body><h1>Clients</h1>{more}<table><tr>{head}</tr>\n{body}</table>"
+        return _html(page, _HEADERS)
+
+    async def _traffic(self, request: web.Request) -> web.StreamResponse:
+        """Every two seconds a line for each client that sent or received, with its bytes since it connected."""
+        response = await _stream(request)
+        before: dict[Link, TCPInfo] = {}
+        while request.method != "HEAD":
+            now = {link: info for link in tuple(self._hub.links) if (info := link.tcp_info()) is not None}
+            moved = [link for link, info in now.items() if _moved(before.get(link), info)]
+            lines = [_traffic_line(link, now[link]) for link in moved if link.session is not None]
+            try:
+                await response.write("".join([*lines, "\n"]).encode())
+            except ConnectionError:
+                break
+            before = now
+            await asyncio.sleep(_TRAFFIC_SECONDS)
+        return response
+
+    async def _collect(self, request: web.Request) -> web.StreamResponse:
+        response = await _stream(request)
+        await response.write(b"running GC...\n")
+        gc.collect()
+        await response.write(b"Done.\n")
+        return response
+
+    async def _tasks(self, _request: web.Request) -> web.StreamResponse:
+        found = io.StringIO()
+        for task in sorted(asyncio.all_tasks(), key=lambda task: task.get_name()):
+            task.print_stack(file=found)
+        return _text(found.getvalue())
+
+    async def _pprof(self, _request: web.Request) -> web.StreamResponse:
+        return _text(_NO_PPROF + "\n", status=501)
+
+
+def _moved(before: TCPInfo | None, now: TCPInfo) -> bool:
+    return before is None or before.sent < now.sent or before.received < now.received
+
+
+def _traffic_line(link: Link, info: TCPInfo) -> str:
+    session = link.session
+    assert session is not None
+    entry: dict[str, Any] = {"Sent": info.sent, "Recv": info.received, "Key": str(session.key)}
+    if session.sources:
+        entry["UniqueSenders"] = len(session.sources)
+    return json.dumps(entry, separators=(",", ":")) + "\n"
+
+
+def _text(text: str, status: int = 200) -> web.Response:
+    return web.Response(status=status, text=text, headers=_HEADERS)
+
+
+def _html(text: str, headers: Mapping[str, str]) -> web.Response:
+    return web.Response(text=text, content_type="text/html", charset="utf-8", headers=headers)
+
+
+async def _stream(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse(headers={**_HEADERS, "Content-Type": "text/plain; charset=utf-8"})
+    await response.prepare(request)
+    return response
