@@ -7,7 +7,7 @@ import pytest
 from .answers import HTTP_PORT, ask, request
 from .conftest import Both, Relays
 from .processes import ProcessEndedError
-from .relays import RelayOptions
+from .relays import DERP_PORT, RelayOptions
 
 BLANK = RelayOptions(flags=("-home=blank", f"-http-port={HTTP_PORT}"))
 both_ports = pytest.mark.parametrize("both", [BLANK], indirect=True)
@@ -58,28 +58,31 @@ REQUESTS = {
 }
 
 
-@both_ports
-@pytest.mark.parametrize("data", REQUESTS.values(), ids=REQUESTS)
-async def test_with_tls(both: Both, data: bytes) -> None:
-    assert await ask(both.ours, data) == await ask(both.stock, data)
+async def same(both: Both, *, port: int = DERP_PORT, tls: bool = True) -> None:
+    """Every request gets the same answer."""
+    answers = [
+        {name: await ask(relay, data, port=port, tls=tls) for name, data in REQUESTS.items()}
+        for relay in (both.stock, both.ours)
+    ]
+    assert answers[1] == answers[0]
 
 
 @both_ports
-@pytest.mark.parametrize("data", REQUESTS.values(), ids=REQUESTS)
-async def test_on_the_http_port(both: Both, data: bytes) -> None:
-    answers = [await ask(relay, data, port=HTTP_PORT, tls=False) for relay in (both.ours, both.stock)]
-    assert answers[0] == answers[1]
+async def test_with_tls(both: Both) -> None:
+    await same(both)
 
 
-async def test_without_tls(relays: Relays) -> None:
+@both_ports
+async def test_on_the_http_port(both: Both) -> None:
+    await same(both, port=HTTP_PORT, tls=False)
+
+
+@pytest.mark.parametrize(
+    "both", [RelayOptions(derp_port=HTTP_PORT, flags=("-certmode=letsencrypt", "-home=blank"))], indirect=True
+)
+async def test_without_tls(both: Both) -> None:
     """Behind a proxy that does TLS."""
-    both = []
-    for make in ("stock", "ours"):
-        relay = relays.make(make, RelayOptions(derp_port=HTTP_PORT, flags=("-certmode=letsencrypt", "-home=blank")))
-        both.append(await relays.start(relay))
-    for name, data in REQUESTS.items():
-        stock, ours = [await ask(relay, data, port=HTTP_PORT, tls=False) for relay in both]
-        assert ours == stock, name
+    await same(both, port=HTTP_PORT, tls=False)
 
 
 @pytest.mark.parametrize("both", [RelayOptions(flags=("-home=https://example.com/?a=b&c",))], indirect=True)
