@@ -362,10 +362,10 @@ def _environment(environ: Mapping[str, str]) -> dict[str, Any]:
         ("TS_DERP_DISABLE_RTT_STATS", "round_trips", lambda text: not _switch(text)),
     )
     values = {}
-    for name, field, parse in variables:
+    for name, attribute, parse in variables:
         if text := environ.get(name, ""):
             try:
-                values[field] = parse(text)
+                values[attribute] = parse(text)
             except ValueError as error:
                 raise UsageError(f"the environment variable {name} must be {error}, not {text!r}") from None
     return values
