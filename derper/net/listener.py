@@ -14,6 +14,7 @@ import logging
 import math
 import socket
 import ssl
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ _T = TypeVar("_T")
 Factory = Callable[[Remote | None], asyncio.Protocol]
 """Makes a connection's first protocol; it is told which client a proxy spoke of, if one did."""
 
+_INHERITED: Final = sys.platform == "linux"  # accepted sockets have the options of the listening one
 _BACKLOG: Final = 1024
 _ACCEPTS_AT_ONCE: Final = 64
 _ARRIVALS_AT_ONCE: Final = 2000
@@ -127,6 +129,8 @@ class Listener:
     ) -> Listener:
         """Bind and start to accept.  Raises OSError."""
         sock = bind(host, port, socket.SOCK_STREAM)
+        if _INHERITED:
+            options.apply(sock)
         sock.listen(_BACKLOG)
         listener = cls(sock, factory, choose=choose, options=options)
         listener._loop.add_reader(sock.fileno(), listener._accept)
@@ -193,7 +197,8 @@ class Listener:
 
     def _welcome(self, conn: socket.socket, address: tuple[Any, ...]) -> None:
         conn.setblocking(False)
-        self._options.apply(conn)
+        if not _INHERITED:
+            self._options.apply(conn)
         arrival = _Arrival(conn, address, self._loop.time())
         self._arrivals[arrival] = None
         if self._sweeper is None:

@@ -9,9 +9,9 @@ handshake_messages.go clientHelloMsg.unmarshal, net/http/server.go tlsRecordHead
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from struct import Struct
+from struct import Struct, error, unpack
 from typing import Final
 
 from .errors import ProtocolError
@@ -34,6 +34,7 @@ _HANDSHAKE_RECORD: Final = 22
 _SSL_2_RECORD: Final = 0x80  # what a record of SSL 2 looks like: a length with the first bit set
 _MAX_RECORD: Final = 16384 + 2048
 _HANDSHAKE_HEADER: Final = 4
+_RANDOM: Final = _HANDSHAKE_HEADER + 2  # where it begins, behind the version
 _CLIENT_HELLO: Final = 1
 _SERVER_NAME: Final = 0
 _ALPN: Final = 16
@@ -99,8 +100,8 @@ def parse(data: bytes) -> ClientHello | int:
             raise _refusal(f"a client hello of more than {MAX_BYTES} bytes", _INTERNAL_ERROR)
         return found
     try:
-        return _hello(_Reader(found))
-    except _MalformedError:
+        return _hello(found)
+    except (_MalformedError, error):
         raise _refusal("malformed client hello", _DECODE_ERROR) from None
 
 
@@ -149,82 +150,48 @@ class _MalformedError(Exception):
     """A length that does not fit."""
 
 
-class _Reader:
-    """Bytes with a place in them."""
-
-    __slots__ = ("_data", "_pos")
-
-    def __init__(self, data: bytes, pos: int = 0) -> None:
-        self._data = data
-        self._pos = pos
-
-    def __bool__(self) -> bool:
-        return self._pos < len(self._data)
-
-    def number(self, size: int) -> int:
-        return int.from_bytes(self.take(size), "big")
-
-    def take(self, count: int) -> bytes:
-        start, self._pos = self._pos, self._pos + count
-        if self._pos > len(self._data):
-            raise _MalformedError
-        return self._data[start : self._pos]
-
-    def prefixed(self, size: int) -> bytes:
-        """Bytes behind their length, a number of `size` bytes."""
-        return self.take(self.number(size))
-
-    def list(self, size: int) -> _Reader:
-        """A list behind its length, which must not be empty."""
-        inner = self.prefixed(size)
-        if not inner:
-            raise _MalformedError
-        return _Reader(inner)
-
-
-def _hello(message: _Reader) -> ClientHello:
-    message.take(_HANDSHAKE_HEADER)
-    legacy = message.number(2)
-    message.take(32)  # random
-    message.prefixed(1)  # session id
-    if len(message.prefixed(2)) % 2:  # cipher suites
-        raise _MalformedError
-    message.prefixed(1)  # compression methods
+def _hello(message: bytes) -> ClientHello:
+    legacy = int.from_bytes(message[_HANDSHAKE_HEADER:_RANDOM], "big")
     name = ""
     protocols: tuple[bytes, ...] = ()
     versions: tuple[int, ...] = (min(legacy, _TLS_1_2),)  # 1.3 is only offered in the extension
-    for kind, body in _extensions(message):
+    pos, end = _extensions(message)
+    while pos < end:
+        kind, length = _EXTENSION.unpack_from(message, pos)
+        start = pos + _EXTENSION.size
+        pos = start + length
         if kind == _SERVER_NAME:
-            name = _server_name(_Reader(body))
+            name = _server_name(message[start:pos])
         elif kind == _ALPN:
-            protocols = _protocols(_Reader(body))
+            protocols = _protocols(message[start:pos])
         elif kind == _SUPPORTED_VERSIONS:
-            versions = _versions(_Reader(body))
+            versions = _versions(message[start:pos])
+    if pos != end:
+        raise _MalformedError
     return ClientHello(name, protocols, versions)
 
 
-def _extensions(message: _Reader) -> Iterator[tuple[int, bytes]]:
-    if not message:
-        return
-    data = message.prefixed(2)
-    if message:
+def _extensions(message: bytes) -> tuple[int, int]:
+    """Where they begin and end."""
+    pos = _RANDOM + 32
+    _, pos = _prefixed(message, pos, 1)
+    suites, pos = _prefixed(message, pos, 2)
+    _, pos = _prefixed(message, pos, 1)
+    if len(suites) % 2:
         raise _MalformedError
-    pos, seen = 0, set()
-    while pos < len(data):
-        if len(data) - pos < _EXTENSION.size:
-            raise _MalformedError
-        kind, length = _EXTENSION.unpack_from(data, pos)
-        pos += _EXTENSION.size + length
-        if pos > len(data) or kind in seen:
-            raise _MalformedError
-        seen.add(kind)
-        yield kind, data[pos - length : pos]
+    if pos == len(message):
+        return pos, pos
+    extensions, end = _prefixed(message, pos, 2)
+    if end != len(message):
+        raise _MalformedError
+    return end - len(extensions), end
 
 
-def _server_name(body: _Reader) -> str:
-    found, names = b"", body.list(2)
-    while names:
-        kind, name = names.number(1), names.prefixed(2)
+def _server_name(body: bytes) -> str:
+    found, names, pos = b"", _list(body, 2), 0
+    while pos < len(names):
+        kind = names[pos]
+        name, pos = _prefixed(names, pos + 1, 2)
         if not name or (kind == _HOST_NAME and (found or name.endswith(b"."))):
             raise _MalformedError
         if kind == _HOST_NAME:
@@ -232,17 +199,35 @@ def _server_name(body: _Reader) -> str:
     return found.decode("latin-1")
 
 
-def _protocols(body: _Reader) -> tuple[bytes, ...]:
-    found, names = [], body.list(2)
-    while names:
-        found.append(names.prefixed(1))
-        if not found[-1]:
+def _protocols(body: bytes) -> tuple[bytes, ...]:
+    found, names, pos = [], _list(body, 2), 0
+    while pos < len(names):
+        name, pos = _prefixed(names, pos, 1)
+        if not name:
             raise _MalformedError
+        found.append(name)
     return tuple(found)
 
 
-def _versions(body: _Reader) -> tuple[int, ...]:
-    found, versions = [], body.list(1)
-    while versions:
-        found.append(versions.number(2))
-    return tuple(found)
+def _versions(body: bytes) -> tuple[int, ...]:
+    numbers = _list(body, 1)
+    if len(numbers) % 2:
+        raise _MalformedError
+    return unpack(f">{len(numbers) // 2}H", numbers)
+
+
+def _list(body: bytes, size: int) -> bytes:
+    """Entries behind their length in bytes; there must be one.  What follows them does not count, as in Go."""
+    entries, _ = _prefixed(body, 0, size)
+    if not entries:
+        raise _MalformedError
+    return entries
+
+
+def _prefixed(data: bytes, pos: int, size: int) -> tuple[bytes, int]:
+    """The bytes behind their length, a number of `size` bytes at `pos`, and where they end."""
+    start = pos + size
+    end = start + int.from_bytes(data[pos:start], "big")
+    if end > len(data):
+        raise _MalformedError
+    return data[start:end], end

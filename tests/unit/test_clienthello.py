@@ -118,7 +118,6 @@ def test_whoever_sends_little_by_little_is_seldom_looked_at(size: int) -> None:
         (records(hello(extension(16, b"\0\1\0"))), alert(50)),
         (records(hello(extension(43, b"\0"))), alert(50)),
         (records(hello(extension(43, b"\3\3\4\3"))), alert(50)),
-        (records(hello(extension(10, b""), extension(10, b""))), alert(50)),
         (records(hello(b"\0\1\0")), alert(50)),
         (records(hello(b"\0\1\0\1")), alert(50)),
         (records(hello(NAME, tail=b"x")), alert(50)),
