@@ -129,14 +129,14 @@ def _check_record(data: bytes, pos: int) -> int:
     kind, version, length = _RECORD.unpack_from(data, pos)
     if kind == _SSL_2_RECORD:
         raise _refusal("the client speaks SSL 2", _PROTOCOL_VERSION)
-    if (kind not in (_ALERT_RECORD, _HANDSHAKE_RECORD) and not pos) or version >= 0x1000:
-        raise HelloError("this is not TLS", _HTTP_ANSWER if data[:5] in _HTTP_BEGINS else b"")
+    if kind not in (_ALERT_RECORD, _HANDSHAKE_RECORD) or version >= 0x1000:
+        raise HelloError("this is not TLS", _HTTP_ANSWER if data[pos : pos + 5] in _HTTP_BEGINS else b"")
     if length > _MAX_RECORD:
         raise _refusal(f"a TLS record of {length} bytes", _RECORD_OVERFLOW)
     if kind == _ALERT_RECORD:
         raise HelloError("the client began with an alert")
-    if kind != _HANDSHAKE_RECORD or not length:
-        raise _refusal("a record that is no part of a client hello", _UNEXPECTED_MESSAGE)
+    if not length:
+        raise _refusal("an empty record", _UNEXPECTED_MESSAGE)
     return int(length)
 
 
