@@ -32,7 +32,7 @@ from .wire.client import PeerGone, PeerPresent, Ping, Restarting
 from .wire.frames import PeerPresentFlags
 from .wire.keys import MeshKey, NodePrivate, NodePublic
 
-__all__ = ["NodePlan", "Pruner", "ideal_nodes", "main"]
+__all__ = ["NodePlan", "Pace", "Pruner", "ideal_nodes", "main", "parse_options"]
 
 _QUIET_SECONDS: Final = 0.5  # a node names all its clients in one go; so long after the last one, it has
 _NAMES_SECONDS: Final = 30.0
@@ -44,7 +44,7 @@ Sleep = Callable[[float], Awaitable[None]]
 
 def main(arguments: Sequence[str]) -> int:
     """Entry point of ``derper prune``."""
-    options = _parse(arguments)
+    options = parse_options(arguments)
     try:
         return asyncio.run(_run(options))
     except MapSourceError as error:
@@ -52,7 +52,8 @@ def main(arguments: Sequence[str]) -> int:
         return 2
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of ``derper prune``; argparse ends the process for wrong ones."""
     parser = argparse.ArgumentParser(
         prog="derper prune",
         description="Close clients that sit on another node of a region than their ideal one, so that they move there."

@@ -21,7 +21,7 @@ import aiohttp
 from . import health
 from .text import bytes_of, duration, table
 
-__all__ = ["main"]
+__all__ = ["main", "parse_options"]
 
 _ASK_SECONDS: Final = 10.0
 _DEFAULT_ADDRESS: Final = "127.0.0.1:9090"  # the metrics port of a pod
@@ -35,7 +35,7 @@ class StatusError(Exception):
 
 def main(arguments: Sequence[str]) -> int:
     """Entry point of ``derper status``."""
-    options = _parse(arguments)
+    options = parse_options(arguments)
     try:
         status = asyncio.run(_ask(options))
         print(json.dumps(status, indent=2) if options.json else _as_text(status))
@@ -45,7 +45,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if status["ready"] else 1
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of ``derper status``; argparse ends the process for wrong ones."""
     parser = argparse.ArgumentParser(
         prog="derper status",
         description=f"How a running relay is.  By default it is asked on {health.DEFAULT_SOCKET}, or else on"

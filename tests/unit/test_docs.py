@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import yaml
 from derp_operator import conditions
 
-from derper import probe
+from derper import probe, prune, status_command
 from derper.config import UsageError, parse_flags
 
 from .crdschema import problems, schema
@@ -57,7 +58,7 @@ def test_files_that_commands_name_exist() -> None:
 
 
 def test_relay_commands_are_understood() -> None:
-    relays = [command[1:] for command in commands() if command[0] == "derper" and command[1] not in ("probe", "region")]
+    relays = [command[1:] for command in commands() if command[0] == "derper" and command[1].startswith("-")]
     assert relays
     for arguments in relays:
         parse_flags(arguments, {}, is_root=True)
@@ -65,11 +66,17 @@ def test_relay_commands_are_understood() -> None:
         parse_flags(["-no-such-flag"], {}, is_root=True)
 
 
-def test_probe_commands_are_understood() -> None:
-    probes = [command[2:] for command in commands() if command[:2] == ["derper", "probe"]]
-    assert probes
-    for arguments in probes:
-        probe.parse_options(arguments)
+@pytest.mark.parametrize(
+    ("name", "parse"),
+    [("probe", probe.parse_options), ("prune", prune.parse_options), ("status", status_command.parse_options)],
+)
+def test_other_commands_are_understood(name: str, parse: Callable[[Sequence[str]], object]) -> None:
+    """Also where they run in a pod: kubectl exec ... -- derper NAME ..."""
+    found = [words[words.index("derper") :] for words in commands() if "derper" in words]
+    found = [words[2:] for words in found if words[1:2] == [name]]
+    assert found
+    for arguments in found:
+        parse(arguments)
 
 
 def test_regions_in_documents_pass_the_schema() -> None:
@@ -92,5 +99,5 @@ def test_metrics_of_alerts_exist() -> None:
     alerts = set(re.findall(r"\b(?:derper?|derp_operator)_[a-z_]+", (ROOT / "docs" / "operations.md").read_text()))
     sources = "\n".join(path.read_text() for folder in ("derper", "operator") for path in (ROOT / folder).rglob("*.py"))
     for name in alerts - {"derp_", "derper_"}:
-        stem = name.removeprefix("derp_operator_").removeprefix("derp_")
+        stem = name.removeprefix("derp_operator_").removeprefix("derper_").removeprefix("derp_")
         assert stem in sources or stem.removesuffix("_dropped") in sources, name
