@@ -55,9 +55,12 @@ class Controller:
 
 
 def session() -> aiohttp.ClientSession:
-    """What controllers are asked through: no cookies, and no time-outs or limits but those of whoever asks."""
+    """What controllers are asked through: no cookies, and no time-outs or limits but those of whoever asks.
+
+    A connection is for one question: a POST on one that the controller has just closed would be a failure.
+    """
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
         cookie_jar=aiohttp.DummyCookieJar(),
         headers={"User-Agent": f"derper/{__version__}"},
         timeout=aiohttp.ClientTimeout(total=None),
