@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from ipaddress import ip_address
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 import aiohttp
 
 from ..relay.admission import AdmissionPolicy, DecisionCache, NoAnswerError
-from ..wire.keys import KeyFormatError, NodePublic
+from ..wire.keys import NodePublic
 from .controller import Address, Controller, session
 from .tailscaled import Tailscaled
 
@@ -158,20 +157,18 @@ class Admission:
     # -- questions -------------------------------------------------------------------------------------------
 
     async def check(self) -> str | None:
-        """Why the local tailscaled's own node would be refused; None if it would not, or none is asked.
+        """Why the local tailscaled cannot decide; None if it knows its own node, or none is asked.
 
         Source: derpserver.checkVerifyClientsLocalTailscaled.
         """
         if not self._policy.tailscaled:
             return None
-        deadline = asyncio.get_running_loop().time() + _ASK_SECONDS
+        tailscaled = Tailscaled(self._policy.tailscaled)
         try:
-            key = NodePublic.parse(await Tailscaled(self._policy.tailscaled).own_key(deadline))
+            await tailscaled.check(asyncio.get_running_loop().time() + _ASK_SECONDS)
         except NoAnswerError as error:
             return str(error)
-        except KeyFormatError:
-            return "the local tailscaled is not logged in"
-        return await self._decide(key, ip_address("::1"))
+        return None
 
     def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)

@@ -40,23 +40,21 @@ class Tailscaled:
         """
         status, body = await self._get("whois", {"addr": str(key)}, deadline)
         if status == 404:
-            await self._check_running(deadline)
+            await self.check(deadline)
             return False
         if status == 400 and b"invalid 'addr' parameter" in body:
             raise NoAnswerError("the local tailscaled is too old for -verify-clients: update it", reached=True)
         self._object(status, body)
         return True
 
-    async def own_key(self, deadline: float) -> str:
-        """Its own node key, ``nodekey:<hex>``, or nothing while it has none.  Raises `NoAnswerError`."""
+    async def check(self, deadline: float) -> None:
+        """Raises `NoAnswerError` unless it knows its own node: while it starts, or is logged out, it knows nobody."""
         found = self._object(*await self._get("status", {"peers": "false"}, deadline)).get("Self")
-        return str(found.get("PublicKey", "")) if isinstance(found, dict) else ""
-
-    async def _check_running(self, deadline: float) -> None:
-        """While tailscaled starts, or is logged out, it knows nobody; that is no decision."""
-        state = self._object(*await self._get("status", {"peers": "false"}, deadline)).get("BackendState")
-        if state != "Running":
-            raise NoAnswerError(f"the local tailscaled is not up, its state is {state}: see tailscale status")
+        own = str(found.get("PublicKey", "")) if isinstance(found, dict) else ""
+        if not own or (await self._get("whois", {"addr": own}, deadline))[0] == 404:
+            raise NoAnswerError(
+                "the local tailscaled is not connected to its tailnet: see tailscale status", reached=True
+            )
 
     def _object(self, status: int, body: bytes) -> dict[str, Any]:
         if status != 200:

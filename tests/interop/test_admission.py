@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from nacl.public import PrivateKey
 
 from .conftest import Relays
 from .peers import GoClients, StockClient
@@ -92,6 +93,40 @@ async def test_without_a_controller(
     else:
         with pytest.raises(PeerError):
             await dial(clients, relay)
+
+
+async def test_fail_open_is_the_default_of_stock_only(make: str, relays: Relays, clients: GoClients) -> None:
+    relay = await relays.start(relays.make(make, RelayOptions(flags=("-verify-client-url=http://127.0.0.1:1/",))))
+    if make == "stock":
+        await (await dial(clients, relay)).ping()
+    else:
+        with pytest.raises(PeerError):
+            await dial(clients, relay)
+
+
+async def test_who_is_connected_stays(make: str, relays: Relays, clients: GoClients, controller: Controller) -> None:
+    relay = await start(relays, make, controller.url, fail_open=False)
+    client = await dial(clients, relay)
+    controller.allowed = False
+    with pytest.raises(PeerError):
+        await dial(clients, relay)
+    await client.ping()
+    assert [asked["NodePublic"] for asked in controller.asked].count(client.key) == 1
+
+
+async def test_a_client_that_comes_again(make: str, relays: Relays, clients: GoClients, controller: Controller) -> None:
+    """Stock asks each time; ours uses a yes for half a minute, and for an hour while the controller is away."""
+    relay = await start(relays, make, controller.url, fail_open=False)
+    private = PrivateKey.generate()
+    key = f"privkey:{private.encode().hex()}"
+    await (await dial(clients, relay, private_key=key)).close()
+    controller.status = 500
+    if make == "stock":
+        with pytest.raises(PeerError):
+            await dial(clients, relay, private_key=key)
+    else:
+        await (await dial(clients, relay, private_key=key)).ping()
+    assert len(controller.asked) == (2 if make == "stock" else 1)
 
 
 async def test_mesh_peers_are_not_asked_about(

@@ -36,8 +36,8 @@ class Sources:
         self.has_asked = asyncio.Event()
         self.base = ""
         self.socket = ""
-        self.known: set[str] = set()
-        self.state = "Running"
+        self.own = str(key(9))
+        self.known = {self.own}
         self.local_requests: list[web.Request] = []
 
     def url(self, name: str) -> str:
@@ -63,7 +63,7 @@ class Sources:
 
     async def status(self, request: web.Request) -> web.StreamResponse:
         self.local_requests.append(request)
-        return web.json_response({"BackendState": self.state, "Self": {"PublicKey": str(ALICE)}})
+        return web.json_response({"Self": {"PublicKey": self.own}})
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ async def test_a_list_needs_no_question(sources: Sources) -> None:
 
 
 async def test_tailscaled_alone(sources: Sources) -> None:
-    sources.known = {str(ALICE)}
+    sources.known.add(str(ALICE))
     async with asking(AdmissionPolicy(tailscaled=sources.socket)) as admission:
         assert await ask(admission) is None
         assert admission.admits_at_once(ALICE)
@@ -178,7 +178,7 @@ async def test_tailscaled_alone(sources: Sources) -> None:
 
 
 async def test_with_tailscaled_and_a_controller_both_must_agree(sources: Sources) -> None:
-    sources.known = {str(ALICE)}
+    sources.known.add(str(ALICE))
     sources.says = {"a": True}
     policy = AdmissionPolicy(tailscaled=sources.socket, urls=(sources.url("a"),))
     async with asking(policy) as admission:
@@ -194,14 +194,17 @@ async def test_with_tailscaled_and_a_controller_both_must_agree(sources: Sources
 
 
 async def test_a_tailscaled_that_starts_has_no_opinion(sources: Sources) -> None:
-    sources.known = {str(ALICE)}
+    sources.known.add(str(ALICE))
     async with asking(AdmissionPolicy(tailscaled=sources.socket, cache=FORGETFUL)) as admission:
         assert await ask(admission) is None
-        sources.known, sources.state = set(), "Starting"
-        assert await ask(admission) is None
-        refusal = "the local tailscaled is not up, its state is Starting: see tailscale status"
-        assert await ask(admission, BOB) == refusal
-        sources.state = "Running"
+        refusal = "the local tailscaled is not connected to its tailnet: see tailscale status"
+        sources.known = set()
+        for own in (sources.own, "nodekey:" + "0" * 64, ""):
+            sources.own = own
+            assert await ask(admission) is None
+            assert await ask(admission, BOB) == refusal
+        sources.own = str(key(9))
+        sources.known = {sources.own}
         assert await ask(admission) == "the local tailscaled does not know it"
 
 
@@ -241,9 +244,9 @@ async def test_answers_of_tailscaled_that_are_none(tmp_path: Path, status: int, 
 
 async def test_the_node_of_tailscaled_itself(sources: Sources) -> None:
     async with asking(AdmissionPolicy(tailscaled=sources.socket)) as admission:
-        assert await admission.check() == "the local tailscaled does not know it"
-        sources.known = {str(ALICE)}
         assert await admission.check() is None
+        sources.known = set()
+        assert await admission.check() == "the local tailscaled is not connected to its tailnet: see tailscale status"
         admission.policy = AdmissionPolicy()
         assert await admission.check() is None
 
