@@ -38,15 +38,23 @@ class Forwarder(Protocol):
 
 
 class _Duplicates:
-    """The sessions that share one key."""
+    """The sessions that share one key (derpserver, dupClientSet)."""
 
-    __slots__ = ("history", "sessions")
+    __slots__ = ("active", "history", "sessions")
 
     def __init__(self, first: Session, second: Session) -> None:
         self.sessions: set[Session] = {first, second}
-        self.history: list[Session] = [first, second]  # who connected or spoke last is at the end; each at most once
+        self.active = second  # who connected or spoke last
+        # Who takes over, the next one at the end.  As with stock derper, the second session is not in it before
+        # it speaks, but later ones are.
+        self.history: list[Session] = [first]
+
+    def add(self, session: Session) -> None:
+        self.sessions.add(session)
+        self.note(session)
 
     def note(self, session: Session) -> None:
+        self.active = session
         if self.history[-1] is not session:
             if session in self.history:
                 self.history.remove(session)
@@ -56,6 +64,8 @@ class _Duplicates:
         self.sessions.discard(session)
         if session in self.history:
             self.history.remove(session)
+        if self.active is session:
+            self.active = self.history[-1] if self.history else next(iter(self.sessions))
 
 
 class Router:
@@ -100,6 +110,7 @@ class Router:
             del self.active[key]
             if key not in self.forwarders:
                 self._gone_from_region(key)
+            self.counters.peer_gone_disconnected_frames += len(self.watchers)
             self._broadcast(frames.peer_gone(key, PeerGoneReason.DISCONNECTED))
             self.counters.peer_gone_disconnected_frames += len(self.watchers)
         self.counters.current_connections -= 1
@@ -143,17 +154,16 @@ class Router:
             self._duplicates[session.key] = _Duplicates(previous, session)
             previous.is_duplicate = True
         else:
-            duplicates.sessions.add(session)
-            duplicates.note(session)
+            duplicates.add(session)
         session.is_duplicate = True
         self.counters.total_dup_client_conns += 1
 
     def _unregister_duplicate(self, duplicates: _Duplicates, session: Session) -> None:
         duplicates.remove(session)
-        self.active[session.key] = duplicates.history[-1]
+        self.active[session.key] = duplicates.active
         if len(duplicates.sessions) == 1:
             del self._duplicates[session.key]
-            duplicates.history[-1].is_duplicate = False
+            duplicates.active.is_duplicate = False
 
     # -- the mesh ------------------------------------------------------------------------------------
 
@@ -176,12 +186,12 @@ class Router:
 
     def remove_forwarder(self, key: bytes, forwarder: Forwarder) -> None:
         """The client `key` left the relay behind `forwarder`."""
-        known = self.forwarders.get(key)
-        if known is None:
-            return
+        known = self.forwarders.get(key, ())
         rest = tuple(other for other in known if other is not forwarder)
         if len(rest) == len(known):
-            self.counters.packet_forwarder_delete_other_value += 1
+            # For stock derper a client that is here, and nowhere else, has one forwarder: none.
+            if len(known) == 1 or (not known and key in self.active):
+                self.counters.packet_forwarder_delete_other_value += 1
         elif rest:
             self.forwarders[key] = rest
             if len(rest) == 1:

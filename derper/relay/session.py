@@ -81,6 +81,7 @@ class Session:
         "_control_size",
         "_disco_queue",
         "_gone_bucket",
+        "_left",
         "_pong_waiting",
         "_queue",
         "_skip",
@@ -128,6 +129,7 @@ class Session:
         self.paused_since: float | None = None  # when the socket became full
         self.sources: set[bytes] = set()  # keys that sent packets to this client
         self._skip = 0  # bytes of an unknown frame that are still to come
+        self._left = 0  # bytes that `receive` did not use
         self._bucket: TokenBucket | None = None
         self.read_limit = 0  # bytes to read at a time while there is a bucket, else 0
         self._gone_bucket: TokenBucket | None = None
@@ -146,15 +148,16 @@ class Session:
         Returns the offset of the first byte not used: the caller keeps the rest and hands it in again,
         in front of what comes next.  Raises `ProtocolError`: the caller closes the connection.
         """
-        if self.is_duplicate:
-            self.router.note_activity(self)
         pos = self._skipped(start, end)
+        if self.is_duplicate and self._begins_frame(buffer, pos, end):
+            self.router.note_activity(self)
         while True:
             pos = self._packets(buffer, pos, end, now)
+            self._left = end - pos
             if end - pos < HEADER_LEN:
                 return pos
             kind, length = HEADER.unpack_from(buffer, pos)
-            _check_length(kind, length)
+            self._check_head(kind, length)
             body = pos + HEADER_LEN
             if kind not in _HANDLERS:
                 self.counters.unknown_frames += 1
@@ -165,6 +168,22 @@ class Session:
                 pos = body + length
             else:
                 return pos
+
+    def _check_head(self, kind: int, length: int) -> None:
+        """A frame that must not be ends the connection at its head: nothing of it is waited for."""
+        shortest, longest = _LENGTHS.get(kind, _ANY_LENGTH)
+        if not shortest <= length <= longest:
+            if kind == FrameType.PING:
+                self.counters.got_ping += 1
+            raise ProtocolError(f"{FrameType(kind).name} of {length} bytes; it has {shortest} to {longest}")
+        if kind in _MESH_ONLY and not self.can_mesh:
+            raise ProtocolError(f"{FrameType(kind).name} from a client without the mesh key")
+
+    def _begins_frame(self, buffer: bytearray, pos: int, end: int) -> bool:
+        """Whether a frame's head is in what came since the last call."""
+        if self._left >= HEADER_LEN:
+            pos += HEADER_LEN + HEADER.unpack_from(buffer, pos)[1]
+        return end - pos >= HEADER_LEN
 
     def _skipped(self, start: int, end: int) -> int:
         count = min(self._skip, end - start)
@@ -238,7 +257,6 @@ class Session:
 
     def _on_forward_packet(self, buffer: bytearray, start: int, end: int, now: float) -> None:
         """A packet from another relay: for a client here, or for nobody."""
-        self._require_mesh("FORWARD_PACKET")
         self.counters.packets_forwarded_in += 1
         src = bytes(buffer[start : start + KEY_LEN])
         dst = bytes(buffer[start + KEY_LEN : start + 2 * KEY_LEN])
@@ -266,11 +284,9 @@ class Session:
                 counters.home_moves_out += 1
 
     def _on_watch_conns(self, buffer: bytearray, start: int, end: int, now: float) -> None:
-        self._require_mesh("WATCH_CONNS")
         self.router.watch(self)
 
     def _on_close_peer(self, buffer: bytearray, start: int, end: int, now: float) -> None:
-        self._require_mesh("CLOSE_PEER")
         for session in self.router.sessions_of(bytes(buffer[start:end])):
             session.sink.abort()
 
@@ -282,17 +298,13 @@ class Session:
         self._pong_waiting = self.paused_since is not None
         self.control(frames.pong(bytes(buffer[start : start + PING_LEN])))
 
-    def _require_mesh(self, what: str) -> None:
-        if not self.can_mesh:
-            raise ProtocolError(f"{what} from a client without the mesh key")
-
     # -- packets out ---------------------------------------------------------------------------------
 
     def deliver(self, src: bytes, chunk: bytes, count: int, now: float) -> None:
         """Send a run of `count` RECV_PACKET frames, all from `src`, to this client."""
-        if src not in self.sources:
-            self.router.note_source(self, src)
         if self.paused_since is None:
+            if src not in self.sources:
+                self.router.note_source(self, src)
             self.sink.write(chunk)
             counters = self.counters
             counters.packets_sent += count
@@ -383,6 +395,9 @@ class Session:
         for queue in (self._disco_queue, self._queue):
             while queue:
                 since, frame = queue.popleft()
+                source = frame[HEADER_LEN:_KEYED]
+                if source not in self.sources:
+                    self.router.note_source(self, source)
                 self.counters.queued(now - since, sent=True)
                 self.counters.packets_sent += 1
                 self.counters.bytes_sent += len(frame) - _KEYED
@@ -419,12 +434,9 @@ _LENGTHS: Final = {
     int(FrameType.CLOSE_PEER): (KEY_LEN, KEY_LEN),
     int(FrameType.PING): (PING_LEN, MAX_PING),
 }
+_ANY_LENGTH: Final = (0, 0xFFFFFFFF)
 
-
-def _check_length(kind: int, length: int) -> None:
-    bounds = _LENGTHS.get(kind)
-    if bounds is not None and not bounds[0] <= length <= bounds[1]:
-        raise ProtocolError(f"{FrameType(kind).name} of {length} bytes; it has {bounds[0]} to {bounds[1]}")
+_MESH_ONLY: Final = {int(FrameType.FORWARD_PACKET), int(FrameType.WATCH_CONNS), int(FrameType.CLOSE_PEER)}
 
 
 def frames_of(chunk: bytes) -> list[bytes]:

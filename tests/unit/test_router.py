@@ -26,6 +26,7 @@ class Model:
 
     def __init__(self) -> None:
         self.here: dict[int, list[int]] = defaultdict(list)  # key -> its clients, who spoke last is at the end
+        self.silent: set[int] = set()  # came second and have not spoken yet: of three they are the last to take over
         self.ways: dict[int, list[int]] = defaultdict(list)  # key -> mesh links, the oldest first
         self.paused: set[int] = set()
         self.got: dict[int, list[tuple[int, int]]] = defaultdict(list)  # client -> (source key, packet)
@@ -35,14 +36,26 @@ class Model:
         self.forwarded: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
         self.dropped = 0
 
+    def connect(self, client: int, number: int) -> None:
+        others = self.here[number]
+        if len(others) == 1:
+            self.silent.add(client)
+        elif others and others[-1] in self.silent:
+            others.insert(0, others.pop())
+        others.append(client)
+
     def spoke(self, client: int, number: int) -> None:
         self.here[number].sort(key=client.__eq__)  # to the end
+        self.silent.discard(client)
 
     def send(self, source: int, dst: int, packet: int, *, by_mesh: bool = False) -> None:
         if self.here[dst]:
             client = self.here[dst][-1]
-            self.heard[client].add(source)
-            (self.queue if client in self.paused else self.got)[client].append((source, packet))
+            if client in self.paused:
+                self.queue[client].append((source, packet))
+            else:
+                self.heard[client].add(source)
+                self.got[client].append((source, packet))
             self.dropped += len(self.queue[client]) - len(self.queue[client][-QUEUE_DEPTH:])
             self.queue[client] = self.queue[client][-QUEUE_DEPTH:]
         elif self.ways[dst] and not by_mesh:
@@ -52,10 +65,15 @@ class Model:
 
     def resume(self, client: int) -> None:
         self.paused.discard(client)
-        self.got[client] += self.queue.pop(client, [])
+        waiting = self.queue.pop(client, [])
+        self.heard[client].update(source for source, _ in waiting)
+        self.got[client] += waiting
 
     def leave(self, client: int, number: int) -> None:
         self.here[number].remove(client)
+        if len(self.here[number]) == 1:
+            self.silent.difference_update(self.here[number])
+        self.silent.discard(client)
         self.paused.discard(client)
         self.dropped += len(self.queue.pop(client, []))
         self.heard.pop(client, None)
@@ -96,7 +114,7 @@ class RouterMachine(RuleBasedStateMachine):
     def connect(self, number: int, mesh: bool) -> BenchClient:
         client = self.bench.client(number, mesh=mesh)
         self.live[id(client)] = client
-        self.model.here[number].append(id(client))
+        self.model.connect(id(client), number)
         return client
 
     @rule(client=clients, dst=keys, count=st.integers(1, 40), size=st.sampled_from([0, 30]))
@@ -368,6 +386,72 @@ def test_of_three_the_one_who_spoke_before_takes_over(bench: Bench) -> None:
         bench.leave(leaver)
         assert bench.router.active[key(1)] is heir.session
     assert not second.session.is_duplicate
+
+
+def test_of_three_the_second_that_never_spoke_takes_over_last(bench: Bench) -> None:
+    """As in derpserver: the second connection enters the history when it speaks, the third when it comes."""
+    first, second, third = (bench.client(1) for _ in range(3))
+    for leaver, heir in ((third, first), (first, second)):
+        bench.leave(leaver)
+        assert bench.router.active[key(1)] is heir.session
+    third = bench.client(1)
+    bench.leave(third)
+    assert bench.router.active[key(1)] is second.session
+
+
+def test_only_the_head_of_a_frame_is_activity(bench: Bench) -> None:
+    old, new = bench.client(1), bench.client(1)
+    packet, unknown = frames.send_packet(key(2), bytes(100)), frames.frame(0x99, bytes(100))
+    for piece, active in (
+        (packet[:4], new),
+        (packet[4:50], old),
+        (packet[50:], new),
+        (unknown[:4], new),
+        (unknown[4:50], old),
+        (unknown[50:100], new),
+        (unknown[100:] + packet[:4], new),
+        (packet[4:], old),
+        (packet + packet[:50], old),
+        (packet[50:] + packet[:4], new),
+        (packet[4:50], old),
+        (packet[50:] + packet[:5], old),
+    ):
+        new.feed(frames.ping(b"12345678"))
+        old.feed(piece)
+        assert bench.router.active[key(1)] is active.session
+
+
+def test_what_was_dropped_from_a_queue_tells_of_no_one(bench: Bench) -> None:
+    """Who leaves is told to those who got packets from it (derpserver, noteSendFromSrc)."""
+    alice, bob, carol = (bench.client(number) for number in (1, 2, 3))
+    bob.session.pause(0.0)
+    alice.feed(frames.send_packet(bob.key, b"dropped"))
+    carol.feed(*[frames.send_packet(bob.key, b"hello")] * QUEUE_DEPTH)
+    bob.session.resume(0.0)
+    bob.writes.clear()
+    for leaver in (alice, carol):
+        bench.leave(leaver)
+    assert told_gone(bob) == [carol.key]
+
+
+def test_forwarders_that_are_not_there_are_counted_as_stock_counts_them(bench: Bench) -> None:
+    """derpserver, RemovePacketForwarder: not for an unknown key, nor where there are several others."""
+    links = [BenchLink() for _ in range(3)]
+    bench.client(1)
+    counted = []
+    for number, known in ((1, []), (2, []), (3, links[:1]), (4, links[:2])):
+        for link in known:
+            bench.router.add_forwarder(key(number), link)
+        bench.router.remove_forwarder(key(number), links[2])
+        counted.append(bench.counters.packet_forwarder_delete_other_value)
+    assert counted == [1, 1, 2, 2]
+
+
+def test_watchers_that_are_told_who_is_gone_are_counted(bench: Bench) -> None:
+    for number in (8, 9):
+        bench.client(number, mesh=True).feed(frames.watch_conns())
+    bench.leave(bench.client(1))
+    assert bench.counters.peer_gone_disconnected_frames == 2
 
 
 def test_activity_of_a_key_that_is_used_once_changes_nothing(bench: Bench) -> None:

@@ -130,6 +130,13 @@ def test_a_packet_that_is_too_long_reaches_nobody(bench: Bench) -> None:
     assert bob.writes == []
 
 
+@pytest.mark.parametrize("length", [7, 1001])
+def test_a_ping_of_a_wrong_length_is_counted_all_the_same(bench: Bench, length: int) -> None:
+    with pytest.raises(ProtocolError):
+        bench.client(1).feed(frames.ping(bytes(length)))
+    assert (bench.counters.got_ping, bench.counters.sent_pong) == (1, 0)
+
+
 @pytest.mark.parametrize("kind", [0x00, 0x01, 0x02, 0x03, 0x05, 0x06, 0x08, 0x09, 0x13, 0x14, 0x15, 0x42, 0xFF])
 def test_unknown_frames_are_skipped(bench: Bench, kind: int) -> None:
     alice = bench.client(1)
@@ -202,7 +209,7 @@ def test_a_home_client_that_leaves_is_home_no_more(bench: Bench) -> None:
 def test_mesh_frames_need_the_mesh_key(bench: Bench, frame: bytes) -> None:
     mallory, bob = bench.client(1), bench.client(2)
     with pytest.raises(ProtocolError, match=r"from a client without the mesh key$"):
-        mallory.feed(frame)
+        mallory.feed(frame[:5])  # the head is enough
     assert not bob.writes
     assert not bob.aborted
     assert not bench.router.watchers
@@ -328,6 +335,12 @@ def test_time_in_the_queue_is_measured(bench: Bench) -> None:
     alice.feed(frames.send_packet(B, b"hello"), now=1.0)
     bob.session.resume(3.0)
     assert bench.counters.average_queue_duration == pytest.approx(200.0)  # a tenth of 2000 ms
+    alice.feed(frames.send_packet(B, b"hello") * 2)
+    assert bench.counters.average_queue_duration == pytest.approx(200.0 * 0.9**2)  # these did not wait
+    bob.session.pause(0.0)
+    alice.feed(frames.send_packet(B, b"hello"), now=1.0)
+    bob.session.resume(1.1)
+    assert bench.counters.average_queue_duration == pytest.approx(200.0 * 0.9**3 + 10)
 
 
 @pytest.mark.parametrize(("mesh", "bound"), [(False, 64 << 10), (True, 16 << 20)])
