@@ -208,7 +208,7 @@ class Link(asyncio.BufferedProtocol):
         kind, length = HEADER.unpack_from(self._hub.read_buffer)
         if kind != FrameType.CLIENT_INFO:
             raise ProtocolError(f"the client began with frame type {kind:#x}, not with CLIENT_INFO")
-        if length > MAX_CLIENT_INFO:
+        if not handshake.MIN_CLIENT_INFO <= length <= MAX_CLIENT_INFO:
             raise ProtocolError(f"client info of {length} bytes")
         body_end = HEADER_LEN + length
         if end < body_end:

@@ -15,13 +15,12 @@ from derper.wire.handshake import ClientInfo
 from derper.wire.keys import MeshKey, NodePrivate, NodePublic
 
 from .processes import HANG
-from .relays import OurDerper, Relay
+from .relays import Relay
 
 Frame = tuple[int, bytes]
 """Type and payload."""
 
-METRICS_PORT = 9090
-_PING = b"are you?"
+_ECHO = b"was that all?"
 
 
 def trusting() -> ssl.SSLContext:
@@ -41,6 +40,7 @@ class RawClient:
         self.private = key
         self.key = key.public
         self.server_key = NodePublic(bytes(32))
+        self.host, self.port = writer.get_extra_info("sockname")[:2]
 
     def write(self, *data: bytes) -> None:
         """Send bytes; what the relay has closed takes them too."""
@@ -52,10 +52,10 @@ class RawClient:
         async with asyncio.timeout(HANG):
             return await self._reader.readuntil(b"\r\n\r\n")
 
-    async def frame(self) -> Frame | None:
+    async def frame(self, patience: float = HANG) -> Frame | None:
         """The next frame."""
         try:
-            async with asyncio.timeout(HANG):
+            async with asyncio.timeout(patience):
                 kind, length = HEADER.unpack(await self._reader.readexactly(HEADER_LEN))
                 return kind, await self._reader.readexactly(length)
         except (OSError, asyncio.IncompleteReadError) as end:
@@ -89,11 +89,14 @@ class RawClient:
             found.append(frame)
         return found
 
-    async def until_pong(self, *data: bytes) -> list[Frame] | None:
-        """Write `data` and a ping: all frames up to the pong, or None if the connection ends before it."""
-        self.write(*data, frames.ping(_PING))
+    async def until_echo(self, *data: bytes) -> list[Frame] | None:
+        """Write `data` and a packet to oneself: all frames up to that, or None if the connection ends before.
+
+        Not a ping, because stock derper answers no ping while the answer to another one waits.
+        """
+        self.write(*data, frames.send_packet(self.key, _ECHO))
         found: list[Frame] = []
-        while (frame := await self.frame()) != (FrameType.PONG, _PING):
+        while (frame := await self.frame()) != (FrameType.RECV_PACKET, self.key + _ECHO):
             if frame is None:
                 return None
             found.append(frame)
@@ -160,11 +163,8 @@ async def raw_clients() -> AsyncIterator[RawClients]:
 
 
 async def counted(relay: Relay) -> dict[str, float]:
-    """The relay's metrics, by name and labels; ours must have been started with `-metrics-addr` and METRICS_PORT."""
-    url = f"https://{relay.derp_address}/debug/varz"
-    if isinstance(relay, OurDerper):
-        url = f"http://{relay.address}:{METRICS_PORT}/metrics"
-    timeout = aiohttp.ClientTimeout(HANG)
+    """The relay's metrics, by name and labels."""
+    url, timeout = f"https://{relay.derp_address}/debug/varz", aiohttp.ClientTimeout(HANG)
     async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url, ssl=trusting()) as answer:
         assert answer.status == 200
         text = await answer.text()

@@ -80,11 +80,12 @@ async def test_the_login_timer_ends_with_the_login(node: LoopbackRelay, monkeypa
         b"GET / HTTP/1.1\r\n",
         HEADER.pack(FrameType.CLIENT_INFO, 0xFFFFFFFF),
         HEADER.pack(FrameType.CLIENT_INFO, (256 << 10) + 1),
+        HEADER.pack(FrameType.CLIENT_INFO, 55),
         frames.frame(FrameType.CLIENT_INFO, bytes(55)),
         frames.frame(FrameType.CLIENT_INFO, bytes(200)),
         bytes(5),
     ],
-    ids=["ping", "http", "4 GiB", "256 KiB + 1", "short", "zeros", "type 0"],
+    ids=["ping", "http", "4 GiB", "256 KiB + 1", "head of a short one", "short", "zeros", "type 0"],
 )
 async def test_a_login_that_is_none(node: LoopbackRelay, first: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link_module, "LOGIN_SECONDS", 2 * PATIENCE)  # it is not the timer that ends it
