@@ -110,7 +110,6 @@ class Router:
             del self.active[key]
             if key not in self.forwarders:
                 self._gone_from_region(key)
-            self.counters.peer_gone_disconnected_frames += len(self.watchers)
             self._broadcast(frames.peer_gone(key, PeerGoneReason.DISCONNECTED))
             self.counters.peer_gone_disconnected_frames += len(self.watchers)
         self.counters.current_connections -= 1
