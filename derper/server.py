@@ -32,7 +32,7 @@ from .metrics import resident_memory
 from .net.admission import Admission
 from .net.bootstrap_dns import BootstrapDNS, SystemResolver
 from .net.debug import Access, Debug
-from .net.doorman import Doorman, Reception
+from .net.doorman import Doorman, HTTPHandler, Reception
 from .net.http import Site, connections, public_app, redirect_app
 from .net.hub import Hub
 from .net.listener import Listener, SocketOptions
@@ -94,7 +94,7 @@ class Relay:
         self._served_pairs: tuple[CertificatePair, ...] = ()
         self._runners: list[web.AppRunner] = []
         self._health: Health | None = None
-        self._public: Callable[[Remote], asyncio.Protocol] | None = None
+        self._public: Callable[[Remote, Callable[[], None]], HTTPHandler] | None = None
         self._poll_task: asyncio.Task[None] | None = None
         self._accepts: TokenBucket | None = None
         self._asked_to_reload = asyncio.Event()

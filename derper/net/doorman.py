@@ -1,39 +1,53 @@
-"""The first protocol of every connection: it reads one HTTP head and sends the connection where it belongs.
+"""The first protocol of every connection: it reads HTTP heads and sends each request where it belongs.
 
-``/derp`` with ``Upgrade: DERP`` becomes a `Link`; everything else is handed to aiohttp with the bytes
-already read.  aiohttp must not see the upgrade: its parser drops the bytes behind such a head, and with fast
-start these are the client's login.  (derp/derpserver/handler.go)
+::
+
+    head --> /derp, Upgrade: DERP        --> Link, and the doorman is gone
+         --> /derp, Upgrade: websocket   --> Link on a WebSocket
+         --> any other path              --> aiohttp answers --> the next head
+         --> no request, or no clean path --> answered here
+
+The doorman stays between requests: an upgrade may follow others on its connection, and aiohttp's parser would drop the
+bytes behind it, which with fast start are the client's login.  It serves one request at a time, as Go's server does.
+(derp/derpserver/handler.go, cmd/derper/derper.go, net/http)
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from http import HTTPStatus
 from ipaddress import ip_address
 from typing import Final, Protocol, cast
 
-import h11
+from websockets.frames import CloseCode
 
 from ..relay.session import Remote
 from ..wire.frames import PROTOCOL_VERSION
+from ..wire.head import Head, HeadError, HeadReader
+from .answers import Answer, early_answer, refusal
 from .hub import Hub
 from .link import Link
+from .websocket import SUBPROTOCOL, WebSocket, handshake, wants_websocket
 
-__all__ = ["Doorman", "Reception", "remote_of"]
+__all__ = ["Doorman", "HTTPHandler", "Reception", "remote_of"]
 
-log = logging.getLogger("derper")
-
-HEAD_BYTES: Final = 8 << 10
-HEAD_SECONDS: Final = 30.0
-_END_OF_HEAD: Final = b"\r\n\r\n"
+HEAD_SECONDS: Final = 30.0  # for a whole request; also for the pause between two (http.Server.ReadTimeout)
+_METHODS: Final = {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"}
+_HOP_BY_HOP: Final = {"connection", "content-length", "expect", "host", "transfer-encoding", "upgrade"}
 
 
-class _HTTPHandler(Protocol):
+class HTTPHandler(Protocol):
+    """aiohttp's protocol for one connection."""
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
+    def connection_lost(self, exc: BaseException | None) -> None: ...
     def data_received(self, data: bytes) -> None: ...
+    def pause_writing(self) -> None: ...
+    def resume_writing(self) -> None: ...
+    def release(self) -> None:
+        """Let go of the transport: it goes to another protocol."""
 
 
 @dataclass(slots=True)
@@ -41,85 +55,210 @@ class Reception:
     """Where the doorman sends people."""
 
     hub: Hub
-    http: Callable[[Remote], asyncio.Protocol]  #: makes aiohttp's protocol for one connection of that client
+    http: Callable[
+        [Remote, Callable[[], None]], HTTPHandler
+    ]  #: for a client's connection; calls back after each answer
     serve_derp: bool = True  #: false: ``/derp`` answers 404, as ``--derp=false``
 
 
-@dataclass(frozen=True, slots=True)
-class _Head:
-    is_upgrade: bool  #: to DERP
-    fast_start: bool
-    ideal_node: str
-
-
 class Doorman(asyncio.Protocol):
-    """Reads at most `HEAD_BYTES` within `HEAD_SECONDS`.  `remote` is the client that a proxy named, if one did."""
+    """Reads heads of at most `HEAD_BYTES`, each request within `HEAD_SECONDS`.
 
-    __slots__ = ("_head", "_reception", "_remote", "_timer", "_transport")
+    `remote` is the client that a proxy named, if one did.
+    """
+
+    __slots__ = (
+        "_body",
+        "_head",
+        "_held",
+        "_http",
+        "_is_answering",
+        "_is_last",
+        "_reception",
+        "_remote",
+        "_timer",
+        "_transport",
+    )
 
     def __init__(self, reception: Reception, remote: Remote | None = None) -> None:
         self._reception = reception
         self._remote = remote
-        self._head = bytearray()
+        self._head = HeadReader()
         self._transport: asyncio.Transport
         self._timer: asyncio.TimerHandle | None = None
+        self._http: HTTPHandler | None = None
+        self._is_answering = False  # aiohttp has a request
+        self._is_last = False  # no request follows the present one
+        self._body: int | None = 0  # bytes of the present request that are still to come; None: unknown
+        self._held = b""  # read behind the present request
+
+    # -- asyncio.Protocol ---------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Wait for the head."""
         self._transport = cast(asyncio.Transport, transport)  # uvloop's transports do not inherit from it
-        self._timer = self._reception.hub.loop.call_later(HEAD_SECONDS, self._transport.abort)
+        self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client went before it said what it wants."""
+        """The connection is gone, whoever ended it."""
         self._stop_timer()
+        http, self._http = self._http, None
+        if http is not None:
+            http.connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Collect the head, then hand the connection over."""
+        """Collect a head, or pass on a body."""
         if self._transport.is_closing():
             return
-        self._head += data
-        end = self._head.find(_END_OF_HEAD, 0, HEAD_BYTES)
-        if end < 0:
-            if len(self._head) > HEAD_BYTES:
-                self._answer(431, "the request head is longer than 8 KiB")
-            return
-        self._stop_timer()
-        end += len(_END_OF_HEAD)
-        try:
-            head = _parse(bytes(self._head[:end]))
-        except h11.RemoteProtocolError:
-            self._answer(400, "Bad Request")
-            return
-        if head.is_upgrade and self._reception.serve_derp:
-            self._derp(head, bytes(self._head[end:]))
+        if self._body != 0:
+            data = self._pass_on(data)
+        if self._is_answering:
+            self._hold(data)
         else:
-            self._hand_to_http()
+            self._read(data)
 
-    def _derp(self, head: _Head, early: bytes) -> None:
+    def eof_received(self) -> bool:
+        """The client closed its side: close ours."""
+        return False
+
+    def pause_writing(self) -> None:
+        """The socket is full."""
+        if self._http is not None:
+            self._http.pause_writing()
+
+    def resume_writing(self) -> None:
+        """The socket has room."""
+        if self._http is not None:
+            self._http.resume_writing()
+
+    # -- requests -----------------------------------------------------------------------------------------
+
+    def _read(self, data: bytes) -> None:
+        while data and not self._is_answering and not self._transport.is_closing():
+            try:
+                head = self._head.feed(data)
+            except HeadError as fault:
+                self._transport.write(refusal(fault))
+                self._transport.close()
+                return
+            if head is None:
+                return
+            self._stop_timer()
+            rest, self._head = self._head.rest, HeadReader()
+            data = self._receive(head, rest)
+        self._hold(data)
+
+    def _receive(self, head: Head, rest: bytes) -> bytes:
+        """Serve one request.  Returns what was read behind it, for the next one."""
+        answer = early_answer(head)
+        if answer is None and self._is_upgrade(head):
+            if self._reception.hub.draining:  # it came before the port was closed, and would only have to go again
+                self._transport.abort()
+                return b""
+            if not wants_websocket(head):
+                self._derp(head, rest)
+                return b""
+            answer = handshake(head)
+            if answer.status == HTTPStatus.SWITCHING_PROTOCOLS:
+                self._websocket(head, answer, rest)
+                return b""
+        if answer is None:
+            return self._ask_http(head, rest)
+        self._transport.write(answer.encode(head))
+        if answer.ends(head):
+            self._transport.close()
+        else:
+            self._start_timer()
+        return rest
+
+    def _is_upgrade(self, head: Head) -> bool:
+        if not self._reception.serve_derp or head.method == "CONNECT" or not head.is_path("/derp"):
+            return False
+        return head.first("upgrade").lower() in ("derp", "websocket")
+
+    # -- to DERP ------------------------------------------------------------------------------------------
+
+    def _derp(self, head: Head, early: bytes) -> None:
         hub = self._reception.hub
-        if hub.draining:  # it came before the port was closed, and would only have to go again
-            self._transport.abort()
+        self._leave_http()
+        greeting = b"" if head.first("derp-fast-start") == "1" else _switching(hub)
+        self._link(head).take_over(self._transport, greeting, early)
+
+    def _websocket(self, head: Head, answer: Answer, early: bytes) -> None:
+        hub = self._reception.hub
+        self._leave_http()
+        self._transport.write(answer.encode(head))
+        socket = WebSocket(self._transport, hub.loop)
+        if answer.headers.get("Sec-Websocket-Protocol") != SUBPROTOCOL:
+            socket.end(CloseCode.POLICY_VIOLATION, "client must speak the derp subprotocol")
             return
-        link = Link(hub, self._remote or remote_of(self._transport), not_ideal=bool(head.ideal_node))
-        greeting = b"" if head.fast_start else _switching(hub)
-        link.take_over(self._transport, greeting, early)
+        hub.counters.websocket_accepts += 1
+        self._link(head).take_over(socket, b"", b"")
+        if early:
+            socket.data_received(early)
 
-    def _hand_to_http(self) -> None:
-        handler = self._reception.http(self._remote or remote_of(self._transport))
-        self._transport.set_protocol(handler)
-        handler.connection_made(self._transport)
-        handler.data_received(bytes(self._head))
+    def _link(self, head: Head) -> Link:
+        return Link(self._reception.hub, self._client(), not_ideal=bool(head.first("ideal-node")))
 
-    def _answer(self, status: int, text: str) -> None:
-        reason = {400: "Bad Request", 431: "Request Header Fields Too Large"}[status]
-        body = text.encode() + b"\n"
-        head = (
-            f"HTTP/1.1 {status} {reason}\r\nContent-Type: text/plain; charset=utf-8\r\n"
-            f"X-Content-Type-Options: nosniff\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        )
-        self._transport.write(head.encode() + body)
+    def _client(self) -> Remote:
+        return self._remote or remote_of(self._transport)
+
+    # -- to aiohttp ---------------------------------------------------------------------------------------
+
+    def _ask_http(self, head: Head, rest: bytes) -> bytes:
+        nobody_waits = head.expects_continue and head.body != 0  # no page reads a body: the client need not send it
+        self._is_last = head.is_last or head.body is None or nobody_waits
+        self._is_answering = True
+        self._body = 0 if nobody_waits else head.body
+        if self._http is None:
+            self._http = self._reception.http(self._client(), self._answered)
+            self._http.connection_made(self._transport)
+        if self._body != 0:
+            self._start_timer()
+        self._http.data_received(_for_http(head, self._body, is_last=self._is_last))
+        return self._pass_on(rest)
+
+    def _pass_on(self, data: bytes) -> bytes:
+        """The body of the present request.  Returns what is behind it."""
+        size = len(data) if self._body is None else min(self._body, len(data))
+        if size and self._http is not None:
+            self._http.data_received(data[:size])
+        if self._body is not None:
+            self._body -= size
+            if not self._body and self._is_answering:
+                self._stop_timer()
+        return data[size:]
+
+    def _hold(self, data: bytes) -> None:
+        """Keep what came too early, and take no more."""
+        if data and not self._is_last and not self._transport.is_closing():
+            self._held += data
+            self._transport.pause_reading()
+
+    def _answered(self) -> None:
+        self._reception.hub.loop.call_soon(self._next)
+
+    def _next(self) -> None:
+        """Wait for the next request, or go on with the one that waits."""
+        if self._is_last or self._transport.is_closing():
+            return
+        self._is_answering = False
+        self._start_timer()
+        held, self._held = self._held, b""
+        if held:
+            self._transport.resume_reading()
+            self._read(held)
+
+    def _leave_http(self) -> None:
+        http, self._http = self._http, None
+        if http is not None:
+            http.release()
+
+    # -- time ---------------------------------------------------------------------------------------------
+
+    def _start_timer(self) -> None:
         self._stop_timer()
-        self._transport.close()
+        self._timer = self._reception.hub.loop.call_later(HEAD_SECONDS, self._transport.abort)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -127,33 +266,18 @@ class Doorman(asyncio.Protocol):
             self._timer = None
 
 
-def _parse(raw: bytes) -> _Head:
-    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)
-    connection.receive_data(raw)
-    event = connection.next_event()
-    if not isinstance(event, h11.Request):
-        raise h11.RemoteProtocolError("no request")
-    if not event.http_version.startswith(b"1."):
-        raise h11.RemoteProtocolError("not HTTP/1")
-    headers: dict[bytes, str] = {}
-    for name, value in event.headers:
-        headers.setdefault(name, value.decode("latin-1"))  # the first one counts, as in Go
-    return _Head(
-        is_upgrade=_path(event.target) == "/derp" and _upgrades(headers),
-        fast_start=headers.get(b"derp-fast-start") == "1",
-        ideal_node=headers.get(b"ideal-node", ""),
-    )
-
-
-def _path(target: bytes) -> str:
-    """Of the target's two forms, ``/derp?query`` and ``http://host/derp?query``."""
-    return re.sub(r"(?i)^https?://[^/?]*", "", target.decode("latin-1")).partition("?")[0]
-
-
-def _upgrades(headers: Mapping[bytes, str]) -> bool:
-    """Early clients said "WebSocket" and spoke DERP; one that wants WebSocket in earnest names the subprotocol."""
-    upgrade = headers.get(b"upgrade", "").lower()
-    return upgrade == "derp" or (upgrade == "websocket" and "derp" not in headers.get(b"sec-websocket-protocol", ""))
+def _for_http(head: Head, body: int | None, *, is_last: bool) -> bytes:
+    """The head as aiohttp's stricter parser takes it, to the same effect."""
+    method = head.method if head.method in _METHODS else "PATCH"  # to the pages, one more that is not GET
+    target = head.target if method == "CONNECT" else head.path + (f"?{head.query}" if head.query else "")
+    lines = [f"{method} {target} HTTP/1.{min(head.version[1], 1)}", f"Host: {head.host}"]
+    lines += [f"{name}: {value}" for name, value in head.fields if name not in _HOP_BY_HOP]
+    if body is None:
+        lines.append("Transfer-Encoding: chunked")
+    elif body:
+        lines.append(f"Content-Length: {body}")
+    lines.append("Connection: close" if is_last else "Connection: keep-alive")
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
 
 
 def _switching(hub: Hub) -> bytes:

@@ -73,23 +73,43 @@ def _public_mux(site: Site) -> Mux:
     return Mux(pages)
 
 
-def connections(server: web.Server, keep_alive: float) -> Callable[[Remote], asyncio.Protocol]:
-    """Makes the protocol for one connection of a client; an idle one lives `keep_alive` seconds."""
+def connections(server: web.Server, keep_alive: float) -> Callable[[Remote, Callable[[], None]], Connection]:
+    """Makes the protocol for one connection of a client; an idle one lives `keep_alive` seconds.
+
+    What is given beside the client is called after each answer.
+    """
     loop = asyncio.get_running_loop()
     options: dict[str, Any] = {"access_log": None, "keepalive_timeout": keep_alive}
 
-    def connection(remote: Remote) -> _Connection:
-        made = _Connection(server, loop=loop, **options)
-        made.remote = remote
+    def connection(remote: Remote, answered: Callable[[], None]) -> Connection:
+        made = Connection(server, loop=loop, **options)
+        made.remote, made.answered = remote, answered
         return made
 
     return connection
 
 
-class _Connection(web.RequestHandler):
-    __slots__ = ("remote",)
+class Connection(web.RequestHandler):
+    """One connection, which may be given to another protocol between two requests."""
 
+    __slots__ = ("answered", "remote")
+
+    answered: Callable[[], None]
     remote: Remote
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Send the answer."""
+        try:
+            return await super().finish_response(request, resp, start_time)
+        finally:
+            self.answered()
+
+    def release(self) -> None:
+        """Let go of the transport: it goes to another protocol."""
+        self.transport = None
+        self.connection_lost(None)
 
     def handle_error(
         self,
@@ -132,12 +152,9 @@ async def disabled(_request: web.Request) -> web.StreamResponse:
     return error(404, "derp server disabled")
 
 
-async def no_upgrade(request: web.Request) -> web.StreamResponse:
-    """``/derp`` for those who do not upgrade, or too late: the doorman looks at a connection's first request only."""
-    response = error(426, "DERP requires connection upgrade")
-    if "Upgrade" in request.headers:
-        response.force_close()
-    return response
+async def no_upgrade(_request: web.Request) -> web.StreamResponse:
+    """``/derp`` for those who do not upgrade to it."""
+    return error(426, "DERP requires connection upgrade")
 
 
 async def bootstrap(names: BootstrapDNS, request: web.Request) -> web.StreamResponse:

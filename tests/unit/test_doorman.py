@@ -10,9 +10,11 @@ import pytest
 from aiohttp import web
 
 from derper.net import doorman
+from derper.net.http import connections
 from derper.wire import frames, handshake
 from derper.wire.frames import FrameType
 from derper.wire.handshake import ClientInfo
+from derper.wire.head import HEAD_BYTES
 
 from .loopback import FAST, UPGRADE, LoopbackRelay, private, relay, until
 
@@ -115,69 +117,139 @@ async def test_a_head_in_pieces(node: LoopbackRelay) -> None:
 # -- turned away
 
 
+BAD = b"400 Bad Request"
+LONG = b"431 Request Header Fields Too Large"
+
+
 @pytest.mark.parametrize(
-    ("request_", "status", "body"),
+    ("request_", "status"),
     [
-        (b"GET /derp HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\n\r\n", 426, b"DERP requires connection upgrade\n"),
-        (b"GET /derp HTTP/2.0\r\nHost: x\r\n\r\n", 400, b"Bad Request\n"),
-        (b"hello\r\n\r\n", 400, b"Bad Request\n"),
-        (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", 400, b"Bad Request\n"),
-        (b"GET /derp HTTP/1.1\r\nno colon\r\n\r\n", 400, b"Bad Request\n"),
-        (b"GET /derp HTTP/1.1\r\n\r\n", 400, b"Bad Request\n"),  # no Host
-        (b"\r\n\r\n", 400, b"Bad Request\n"),
-        (b"GET / HTTP/1.1\r\nX: " + b"x" * 9000, 431, b"the request head is longer than 8 KiB\n"),
-        (b"x" * 9000, 431, b"the request head is longer than 8 KiB\n"),
+        (b"GET /derp HTTP/2.0\r\nHost: x\r\n\r\n", b"505 HTTP Version Not Supported: unsupported protocol version"),
+        (b"hello\r\n", BAD),
+        (b"\x16\x03\x01\x02\x00\x01\x00\r\n", BAD),
+        (b"GET /derp HTTP/1.1\r\nno colon\r\n", BAD),
+        (b"GET /derp HTTP/1.1\r\n\r\n", BAD + b": missing required Host header"),
+        (b"\r\n", BAD),
+        (b"GET / HTTP/1.1\r\nX: " + b"x" * 9000, LONG),
+        (b"x" * 9000, LONG),
     ],
 )
-async def test_turned_away_in_one_sentence(node: LoopbackRelay, request_: bytes, status: int, body: bytes) -> None:
+@pytest.mark.parametrize("earlier", [b"", b"GET /generate_204 HTTP/1.1\r\nHost: x\r\n\r\n"])
+async def test_what_is_no_request_is_refused_at_once(
+    node: LoopbackRelay, earlier: bytes, request_: bytes, status: bytes
+) -> None:
+    """Before the head is whole, too; and in its turn."""
     client = await node.connect()
-    client.send(request_)
-    answer = await client.rest()
-    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
-    assert b"\r\nConnection: close\r\n" in answer
-    assert answer.endswith(b"\r\n\r\n" + body)
+    client.send(earlier, request_)
+    if earlier:
+        assert (await client.head()).startswith(b"HTTP/1.1 204 ")
+    head, _, body = (await client.rest()).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 " + status + b"\r\n")
+    assert head.endswith(b"\r\nConnection: close")
+    assert body == status
     assert not node.hub.links
 
 
 @pytest.mark.parametrize(
-    "later",
+    "body",
     [
-        b"GET / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 1\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: x\r\nX: y\r\n folded\r\n\r\n",
-        b"\x00\xff\r\n\r\n",
-        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nmany\r\n",
+        b"Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n",
+        b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"Content-Length: 3\r\nExpect: 100-continue\r\n\r\n",
     ],
 )
-async def test_a_later_request_that_is_none(
-    node: LoopbackRelay, later: bytes, caplog: pytest.LogCaptureFixture
+async def test_bodies_that_end_the_connection(
+    node: LoopbackRelay, body: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = await node.connect()
-    client.send(b"GET /generate_204 HTTP/1.1\r\nHost: x\r\n\r\n")
-    await client.head()
-    client.send(later)
+    client.send(b"POST / HTTP/1.1\r\nHost: x\r\n", body)
     answer = await client.rest()
-    assert b"HTTP/1.1 4" in answer or b"HTTP/1.0 4" in answer
+    assert answer.startswith(b"HTTP/1.1 ")
+    assert b"\r\nConnection: close\r\n" in answer
     assert b"aiohttp" not in answer
-    assert answer.endswith(b"400 Bad Request\n")
     assert not caplog.text
 
 
-async def test_a_second_request_for_derp(node: LoopbackRelay) -> None:
+@pytest.mark.parametrize(
+    ("request_", "status", "header"),
+    [
+        (b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", 200, b"Content-Length: 0"),
+        (b"GET //derp?a=b HTTP/1.1\r\nHost: x\r\nUpgrade: DERP\r\n\r\n", 307, b"Location: /derp?a=b"),
+        (b"POST /x/../derp HTTP/1.1\r\nHost: x\r\n\r\n", 307, b"Location: /derp"),
+        (b"GET http://x HTTP/1.1\r\nHost: x\r\n\r\n", 307, b"Location: /"),
+        (b"GET /derp HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\n\r\n", 426, b"Content-Length: 33"),
+    ],
+)
+async def test_answered_without_an_end(node: LoopbackRelay, request_: bytes, status: int, header: bytes) -> None:
+    """The next request of the connection is served."""
+    client = await node.connect()
+    client.send(request_, UPGRADE)
+    head = await client.head()
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert header + b"\r\n" in head
+    while not (head := await client.head()).endswith(b"\r\n\r\n") or b"HTTP/1.1 101 " not in head:
+        pass
+    assert await client.frame() == (FrameType.SERVER_KEY, frames.MAGIC + node.public_key)
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"GET * HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"PRI * HTTP/2.0\r\n\r\n", 400),
+        (b"GET /derp HTTP/1.1\r\nHost: x\r\nUpgrade: DERP\r\nExpect: x\r\n\r\n", 417),
+        (b"GET //derp HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 307),
+        (b"OPTIONS * HTTP/1.0\r\n\r\n", 200),
+    ],
+)
+async def test_answered_with_an_end(node: LoopbackRelay, request_: bytes, status: int) -> None:
+    client = await node.connect()
+    client.send(request_, UPGRADE)
+    answer = await client.rest()
+    assert answer.split(b" ", 2)[1] == str(status).encode()
+    assert b" 101 " not in answer
+
+
+async def test_derp_after_other_requests(node: LoopbackRelay) -> None:
+    """aiohttp has answered, and lets go of the connection; nothing is lost in between."""
     client = await node.connect()
     client.send(b"GET /derp HTTP/1.1\r\nHost: x\r\n\r\n", b"HEAD /derp HTTP/1.1\r\nHost: x\r\n\r\n")
     assert (await client.head()).startswith(b"HTTP/1.1 426 ")
     assert await client.exactly(33) == b"DERP requires connection upgrade\n"
     assert (await client.head()).startswith(b"HTTP/1.1 426 ")
-    client.send(UPGRADE)
-    answer = await client.rest()
-    assert answer.startswith(b"HTTP/1.1 426 ")
-    assert b"\r\nConnection: close\r\n" in answer
+    client.send(FAST, login(node), frames.ping(b"12345678"))
+    assert [(await client.frame())[0] for _ in range(3)] == [
+        FrameType.SERVER_KEY,
+        FrameType.SERVER_INFO,
+        FrameType.PONG,
+    ]
+
+
+async def test_derp_behind_a_request_with_a_body(node: LoopbackRelay) -> None:
+    """In pieces: the body's end is the next head's start."""
+    client = await node.connect()
+    sent = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nab\r\n\r" + FAST + login(node)
+    for start in range(0, len(sent), 7):
+        client.send(sent[start : start + 7])
+        await client.writer.drain()
+        await asyncio.sleep(0)
+    assert (await client.head()).startswith(b"HTTP/1.1 200 ")
+    assert (await client.frame())[0] == FrameType.SERVER_KEY
+    assert (await client.frame())[0] == FrameType.SERVER_INFO
+
+
+async def test_many_requests_in_one_segment(node: LoopbackRelay) -> None:
+    client = await node.connect()
+    client.send(b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n" * 3000, FAST, login(node))
+    for _ in range(3000):
+        assert (await client.head()).startswith(b"HTTP/1.1 200 ")
+    assert (await client.frame())[0] == FrameType.SERVER_KEY
 
 
 async def test_the_longest_head(node: LoopbackRelay) -> None:
     client = await node.connect()
     start = UPGRADE[:-2] + b"X: "
-    client.send(start, b"x" * (doorman.HEAD_BYTES - len(start) - 4), b"\r\n\r\n")
+    client.send(start, b"x" * (HEAD_BYTES - len(start) - 4), b"\r\n\r\n")
     assert (await client.head()).startswith(b"HTTP/1.1 101 ")
 
 
@@ -213,7 +285,7 @@ async def test_who_leaves_in_the_middle_of_the_head(node: LoopbackRelay) -> None
 
 
 async def test_the_timer_ends_with_the_connection(node: LoopbackRelay) -> None:
-    first = doorman.Doorman(doorman.Reception(node.hub, lambda _: asyncio.Protocol()))
+    first = doorman.Doorman(doorman.Reception(node.hub, lambda *_: pytest.fail("no request yet")))
     first.connection_made(asyncio.Transport())
     timer = first._timer
     assert timer is not None
@@ -228,14 +300,11 @@ async def test_both_forms_of_a_target(node: LoopbackRelay, target: bytes) -> Non
     assert (await client.head()).startswith(b"HTTP/1.1 101 ")
 
 
-async def test_websocket(node: LoopbackRelay) -> None:
-    """Early clients said so and spoke DERP; those that mean it name the subprotocol, and are turned away."""
-    head = b"GET /derp HTTP/1.1\r\nHost: x\r\nUpgrade: WebSocket\r\n"
-    early, earnest = await node.connect(), await node.connect()
-    early.send(head + b"\r\n")
-    assert (await early.head()).startswith(b"HTTP/1.1 101 ")
-    earnest.send(head + b"Sec-WebSocket-Protocol: derp\r\n\r\n")
-    assert (await earnest.rest()).startswith(b"HTTP/1.1 426 ")
+async def test_early_clients_said_websocket_and_spoke_derp(node: LoopbackRelay) -> None:
+    client = await node.connect()
+    client.send(b"GET /derp HTTP/1.1\r\nHost: x\r\nUpgrade: WebSocket\r\n\r\n")
+    assert (await client.head()).startswith(b"HTTP/1.1 101 ")
+    assert await client.frame() == (FrameType.SERVER_KEY, frames.MAGIC + node.public_key)
 
 
 def test_where_a_client_comes_from() -> None:
@@ -312,10 +381,9 @@ async def test_a_body_that_comes_later_reaches_its_handler() -> None:
     app.router.add_post("/keep", keep)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
-    server = runner.server
-    assert server is not None
+    assert runner.server is not None
     async with relay() as node:
-        reception = doorman.Reception(node.hub, lambda _: server())
+        reception = doorman.Reception(node.hub, connections(runner.server, 30.0))
         node.listener._factory = lambda remote: doorman.Doorman(reception, remote)
         client = await node.connect()
         client.send(b"POST /keep HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n12345")

@@ -483,7 +483,7 @@ def conversation(pieces: list[bytes]) -> tuple[bool, list[object]]:
     """What a client gets for these bytes: whether it was closed, and the events behind the login."""
     hub = Hub(private(0xF0), Admission(AdmissionPolicy(is_open=True)), rng=random.Random(1))
     transport = FakeTransport()
-    first = Doorman(Reception(hub, lambda _: asyncio.Protocol()))
+    first = Doorman(Reception(hub, lambda *_: pytest.fail("no DERP")))
     transport.set_protocol(first)
     first.connection_made(transport)
     for piece in pieces:

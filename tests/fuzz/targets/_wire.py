@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,7 @@ class Timers:
 
     def __init__(self) -> None:
         self.alive: set[Timer] = set()
+        self._soon: deque[Callable[[], object]] = deque()
 
     def call_later(self, delay: float, call: Callable[..., object], *args: object) -> Timer:
         timer = Timer(self)
@@ -39,7 +41,12 @@ class Timers:
         return timer
 
     def call_soon(self, call: Callable[..., object], *args: object) -> None:
-        call(*args)
+        self._soon.append(lambda: call(*args))
+
+    def turn(self) -> None:
+        """What was asked for soon."""
+        while self._soon:
+            self._soon.popleft()()
 
     def time(self) -> float:
         return 0.0
@@ -129,6 +136,9 @@ class HTTPSink(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.got += data
 
+    def release(self) -> None:
+        raise AssertionError("it has not answered yet")
+
 
 def _hub() -> Hub:
     async def make() -> Hub:
@@ -150,4 +160,14 @@ class Stranger:
         hub.loop, hub.clock = self.timers, self.timers.time
         self.hub: Hub = hub
         self.http = HTTPSink()
-        self.wire = Wire(Doorman(Reception(self.hub, lambda _: self.http)))
+        self.wire = Wire(Doorman(Reception(self.hub, lambda *_: self.http)))
+
+    def says(self, data: bytes) -> None:
+        """Bytes of the stranger, and a turn of the loop."""
+        self.wire.feed(data)
+        self.timers.turn()
+
+    def leaves(self) -> None:
+        """The end of the connection."""
+        self.wire.hang_up()
+        self.timers.turn()

@@ -1,0 +1,82 @@
+"""Answers that need no page: those of Go's HTTP server and its ServeMux themselves (net/http/server.go)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from html import escape
+from http import HTTPStatus
+from typing import Final
+from urllib.parse import quote
+
+from ..wire.head import Head, HeadError, clean_path
+
+__all__ = ["Answer", "early_answer", "error", "refusal"]
+
+_IN_PATH: Final = "$&+,/:;=@-_.~"  # what url.URL writes as it is
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer to one request.  `is_last`: the connection ends with it."""
+
+    status: int
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: str = ""
+    is_last: bool = False
+
+    def encode(self, head: Head) -> bytes:
+        """As it goes to the client."""
+        body = self.body.encode("latin-1")
+        minor = min(head.version[1], 1) if head.version[0] == 1 else 1
+        headers = dict(self.headers)
+        headers["Date"] = formatdate(usegmt=True)
+        if self.status != HTTPStatus.SWITCHING_PROTOCOLS and (body or head.method != "HEAD"):
+            headers["Content-Length"] = str(len(body))
+        if minor and self.ends(head):
+            headers["Connection"] = "close"
+        elif not minor and not self.ends(head):
+            headers["Connection"] = "keep-alive"
+        lines = [f"HTTP/1.{minor} {self.status} {HTTPStatus(self.status).phrase}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        text = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+        return text if head.method == "HEAD" else text + body
+
+    def ends(self, head: Head) -> bool:
+        """Whether the connection ends with this answer.  A body that nobody reads ends it, too."""
+        return self.is_last or head.is_last or head.body != 0
+
+
+def error(status: int, text: str, headers: Mapping[str, str] | None = None) -> Answer:
+    """As http.Error."""
+    plain = {"Content-Type": "text/plain; charset=utf-8", "X-Content-Type-Options": "nosniff"}
+    return Answer(status, {**(headers or {}), **plain}, text + "\n")
+
+
+def refusal(fault: HeadError) -> bytes:
+    """The answer to what is no request."""
+    head = f"HTTP/1.1 {fault.line}\r\nContent-Type: text/plain; charset=utf-8\r\nConnection: close\r\n\r\n"
+    return (head + fault.body).encode()
+
+
+def early_answer(head: Head) -> Answer | None:
+    """The answer that comes before any handler's, or None."""
+    expected = head.first("expect")
+    if expected and not head.expects_continue:
+        return Answer(417, is_last=True)
+    if head.path == "*":
+        return Answer(200) if head.method == "OPTIONS" else Answer(400, is_last=head.version >= (1, 1))
+    if head.method == "CONNECT" or clean_path(head.path) == head.path:
+        return None
+    return _redirect(head)
+
+
+def _redirect(head: Head) -> Answer:
+    """To the clean path.  Go escapes an escaped path once more."""
+    location = quote(clean_path(head.path), safe=_IN_PATH) + (f"?{head.query}" if head.query else "")
+    if head.method not in ("GET", "HEAD"):
+        return Answer(307, {"Location": location})
+    headers = {"Content-Type": "text/html; charset=utf-8", "Location": location}
+    body = f'<a href="{escape(location)}">Temporary Redirect</a>.\n\n'
+    return Answer(307, headers, "" if head.method == "HEAD" else body)
