@@ -28,7 +28,7 @@ class Answer:
 
     def encode(self, head: Head) -> bytes:
         """As it goes to the client."""
-        body = self.body.encode("latin-1")
+        body = self.body.encode()
         minor = min(head.version[1], 1) if head.version[0] == 1 else 1
         headers = dict(self.headers)
         headers["Date"] = formatdate(usegmt=True)
