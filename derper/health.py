@@ -13,7 +13,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -124,9 +124,9 @@ def debug_facts(relay: Relay) -> Facts:
     """What the pages below ``/debug/`` show."""
 
     def title() -> dict[str, object]:
-        uptime = timedelta(seconds=int((datetime.now(UTC) - relay.started_at).total_seconds()))
+        minutes, seconds = divmod(int((datetime.now(UTC) - relay.started_at).total_seconds()), 60)
         return {
-            "Uptime": uptime,
+            "Uptime": f"{minutes // 60}h{minutes % 60}m{seconds}s",
             "Version": __version__,
             "TLS hostname": relay.config.hostname,
             "Mesh key": str(relay.state.mesh_keys is not None).lower(),
