@@ -109,9 +109,9 @@ class RawClient:
                 return frame[1]
         raise AssertionError(f"the connection ended before a frame of type {kind:#x}")
 
-    async def stop_reading(self) -> None:
-        """From now on the socket's buffers fill up."""
-        self._writer.transport.pause_reading()  # type: ignore[attr-defined]  # typeshed: a ReadTransport's method
+    def abort(self) -> None:
+        """End the connection without a word."""
+        self._writer.transport.abort()
 
     async def close(self) -> None:
         self._writer.close()
