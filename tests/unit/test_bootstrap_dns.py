@@ -9,16 +9,14 @@ import random
 import socket
 from collections import Counter
 from ipaddress import ip_address
-from typing import cast
 
 import dns.asyncresolver
-import dns.message
-import dns.rcode
-import dns.rrset
 import pytest
 
 from derper.net import bootstrap_dns
 from derper.net.bootstrap_dns import BootstrapDNS, LookupFailedError, SystemResolver, chance
+
+from ..nameserver import name_server
 
 STRANGER = ip_address("192.0.2.1")  # chance 0.94
 LUCKY = ip_address("198.51.100.77")  # chance 0.23
@@ -211,40 +209,17 @@ async def test_lookups_that_take_too_long_are_given_up(
     assert "not all names" in caplog.text
 
 
-class NameServer(asyncio.DatagramProtocol):
-    """Answers TXT questions for share.example."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.DatagramTransport, transport)
-
-    def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
-        question = dns.message.from_wire(data)
-        answer = dns.message.make_response(question)
-        if question.question[0].name.to_text() == "share.example.":
-            answer.answer.append(dns.rrset.from_text("share.example.", 60, "IN", "TXT", '"5" "0"', '"100"'))
-        else:
-            answer.set_rcode(dns.rcode.NXDOMAIN)
-        self.transport.sendto(answer.to_wire(), addr)
-
-
 async def test_the_systems_resolver(monkeypatch: pytest.MonkeyPatch) -> None:
-    transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(NameServer, ("127.0.0.1", 0))
-    port = transport.get_extra_info("sockname")[1]
-
-    def resolver() -> dns.asyncresolver.Resolver:
-        made = MadeResolver(configure=False)
-        made.nameservers, made.port = ["127.0.0.1"], port
-        return made
-
-    MadeResolver = dns.asyncresolver.Resolver  # noqa: N806
-    monkeypatch.setattr(dns.asyncresolver, "Resolver", resolver)
+    made = dns.asyncresolver.Resolver(configure=False)
+    monkeypatch.setattr(dns.asyncresolver, "Resolver", lambda: made)
     system = SystemResolver()
-    assert sorted(await system.texts("share.example")) == ["100", "50"]
-    with pytest.raises(LookupFailedError, match=r"does not exist: gone\.example"):
-        await system.texts("gone.example")
-    with pytest.raises(LookupFailedError):
-        await system.texts("a..b")
-    transport.close()
+    async with name_server({("share.example", "TXT"): ('"5" "0"', '"100"')}) as port:
+        made.nameservers, made.port = ["127.0.0.1"], port
+        assert sorted(await system.texts("share.example")) == ["100", "50"]
+        with pytest.raises(LookupFailedError, match=r"does not exist: gone\.example"):
+            await system.texts("gone.example")
+        with pytest.raises(LookupFailedError):
+            await system.texts("a..b")
 
 
 async def test_the_systems_addresses() -> None:
