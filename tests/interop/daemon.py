@@ -13,6 +13,16 @@ import aiohttp
 
 from .processes import HANG, Child
 
+# Plain HTTP, except to loopback, goes to a proxy that is not there, so that the checks of port 80 look no name up.
+_ENVIRONMENT = {
+    "TS_DISABLE_PORTMAPPER": "1",
+    "TS_PANIC_IF_HIT_MAIN_CONTROL": "1",
+    "HTTP_PROXY": "http://127.0.0.1:9",
+    "HTTPS_PROXY": "",
+    "https_proxy": "",
+    "NO_PROXY": "127.0.0.0/8,localhost",
+}
+
 
 class Tailscaled(Child):
     """It sends nothing but to its control server and the relays of the DERP map: no logs, no port mapping, no tunnel.
@@ -30,11 +40,26 @@ class Tailscaled(Child):
         )
         argv: list[str | Path] = [binary, "-tun=userspace-networking", "-no-logs-no-support", "-port=0"]
         argv += [f"-statedir={self._state}", f"-socket={socket}", f"-config={config}"]
-        super().__init__(argv, workdir / "log", {"TS_DISABLE_PORTMAPPER": "1"})
+        self._binary = binary
+        super().__init__(argv, workdir / "log", _ENVIRONMENT)
 
     async def start(self) -> None:
         await super().start()
         await self._until(self._knows_itself)
+
+    async def cli(self, *arguments: str) -> str:
+        """What the `tailscale` command prints.  Raises AssertionError if it fails."""
+        process = await asyncio.create_subprocess_exec(
+            *(str(self._binary), f"--socket={self.socket}", *arguments),
+            env={**self.env, "TS_BE_CLI": "1"},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        async with asyncio.timeout(HANG):
+            out, err = await process.communicate()
+        assert process.returncode == 0, f"tailscale {' '.join(arguments)}: {err.decode()}\n{self.log_text()[-4000:]}"
+        return out.decode()
 
     def private_key(self) -> str:
         """The private key of its node, from where it keeps it."""

@@ -46,9 +46,15 @@ def build_peers(step: Step) -> Peers:
 
 
 def build_tailscaled(step: Step) -> Path:
-    """Stock `tailscaled`; with TS_BE_CLI=1 in its environment it is the `tailscale` command. Raises as build_peers."""
+    """Stock `tailscaled`; with TS_BE_CLI=1 in its environment it is the `tailscale` command. Raises as build_peers.
+
+    It has no captive-portal detection, which would ask Tailscale's servers.
+    """
     packages = ("tailscale.com/cmd/tailscaled",)
-    return _build(HERE / "tailscaled", "tailscale.com", packages, step, tags="ts_include_cli") / "tailscaled"
+    return (
+        _build(HERE / "tailscaled", "tailscale.com", packages, step, tags="ts_include_cli,ts_omit_captiveportal")
+        / "tailscaled"
+    )
 
 
 def build_kind(step: Step) -> Path:
@@ -65,7 +71,7 @@ def cache_dir() -> Path:
 
 def _build(module: Path, about: str, packages: Sequence[str], step: Step, *, tags: str = "") -> Path:
     version = _required_version(module, about)
-    target = cache_dir() / "bin" / f"{module.name}-{version}-{_sources_hash(module)}"
+    target = cache_dir() / "bin" / f"{module.name}-{version}-{_sources_hash(module, tags)}"
     with _locked(target):
         if target.is_dir():
             return target
@@ -91,8 +97,8 @@ def _required_version(module: Path, about: str) -> str:
     return found[1]
 
 
-def _sources_hash(module: Path) -> str:
-    digest = hashlib.sha256()
+def _sources_hash(module: Path, tags: str) -> str:
+    digest = hashlib.sha256(tags.encode())
     for path in sorted([module / "go.mod", module / "go.sum", *module.glob("*.go")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
