@@ -26,6 +26,7 @@ from derper import maplint
 __all__ = ["DERPHomeParams", "DERPMap", "DERPNode", "DERPRegion", "MapError", "from_json", "from_yaml", "lint"]
 
 T = TypeVar("T")
+_MOST_NODES = 10_000
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 Decoder = Callable[[Any, str, "Form"], Any]
 
@@ -97,11 +98,16 @@ def _nodes(value: Any, where: str, form: Form) -> "tuple[DERPNode, ...]":
 
 def _regions(value: Any, where: str, form: Form) -> "dict[int, DERPRegion]":
     # A null region is an instruction to consumers that merge maps ("drop region 1"), not a region.
-    return {
-        _region_id(key, where, form): _decode(DERPRegion, region, f"{where}.{key}", form)
-        for key, region in _mapping(value, where).items()
-        if region is not None
-    }
+    regions: dict[int, DERPRegion] = {}
+    nodes = 0
+    for key, region in _mapping(value, where).items():
+        if region is not None:
+            number = _region_id(key, where, form)
+            regions[number] = _decode(DERPRegion, region, f"{where}.{key}", form)
+            nodes += len(regions[number].nodes)
+            if nodes > _MOST_NODES:  # aliases make millions out of a few lines of YAML
+                raise MapError(f"{where} has more than {_MOST_NODES} nodes in all.")
+    return regions
 
 
 def _go(name: str, decode: Decoder, zero: Callable[[], Any] | None = None) -> dict[str, Any]:

@@ -335,3 +335,11 @@ def test_lint_finds(derp_map: DERPMap, sentence: str) -> None:
     found = lint(derp_map)
     assert len(found) == 1, found
     assert sentence in found[0]
+
+
+def test_aliases_cannot_make_millions_of_nodes() -> None:
+    """A list that stands once in the text, and in a thousand regions of the map."""
+    nodes = ", ".join(["{}"] * 1000)
+    aliases = "".join(f" {number}: {{nodes: *list}}\n" for number in range(2, 1001))
+    with pytest.raises(MapError, match=r"^regions has more than 10000 nodes in all\.$"):
+        from_yaml(f"regions:\n 1: {{nodes: &list [{nodes}]}}\n{aliases}")
