@@ -54,7 +54,7 @@ lint: venv ## ruff, mypy --strict, import contracts, chart and CRD
 	@echo "==> lint: the chart's CRD and docs/api.md are those of crds/"; $(RUN) dev.chart check && $(RUN) dev.apidoc check
 	@echo "==> lint: docs/parity.md is tests/interop/parity/"; $(RUN) dev.parity check
 
-test: lint test-unit test-fuzz test-interop test-api test-e2e ## everything
+test: lint test-unit test-fuzz test-hostile test-interop test-api test-e2e ## everything
 
 test-unit: venv ## Python only, under a minute
 	@echo "==> unit tests"; $(BIN)/pytest tests/unit $(ARGS)
@@ -64,6 +64,12 @@ test-fuzz: venv ## every fuzz target for a few seconds (Linux on x86-64; skipped
 
 fuzz: venv ## parsers against hostile bytes, e.g. make fuzz ARGS="frames head --seconds 600"
 	@$(RUN) tests.fuzz run $(ARGS)
+
+test-hostile: venv ## a relay under attack (Linux, about a minute)
+	@echo "==> a relay under attack, and what is left of it"; $(BIN)/pytest tests/hostile -m "not slow" $(ARGS)
+
+test-slow: venv ## the long ones: 10,000 clients at a time and one after another (Linux, about five minutes)
+	@echo "==> ten thousand clients"; $(BIN)/pytest tests/hostile -m slow -s $(ARGS)
 
 test-interop: venv ## stock derper and real Tailscale clients (needs Go)
 	@echo "==> interop tests, with stock derper and real clients"; $(BIN)/pytest tests/interop $(ARGS)
@@ -77,4 +83,4 @@ test-e2e: venv ## the embedded cluster (needs Go, root and Linux)
 bench: venv ## packets per second and more, against stock derper in the same run
 	@$(RUN) bench $(ARGS)
 
-.PHONY: help venv lock demo demo-down kubeconfig region images lint test test-unit test-fuzz fuzz test-interop test-api test-e2e bench
+.PHONY: help venv lock demo demo-down kubeconfig region images lint test test-unit test-fuzz fuzz test-hostile test-slow test-interop test-api test-e2e bench

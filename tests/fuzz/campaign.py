@@ -19,7 +19,7 @@ from . import corpus
 __all__ = ["Result", "missing", "run", "table"]
 
 _PROGRESS: Final = re.compile(rb"^#(\d+)\s+(\w+)\s+cov: (\d+) ft: (\d+) corp: (\d+)", re.MULTILINE)
-_SLOWEST: Final = 25  # seconds for one input; more is a hang
+_SLOWEST: Final = 60  # seconds for one input; more is a hang
 _GRACE: Final = 60  # seconds that a process may take over its time, to start and to end
 _MEMORY: Final = 2048  # MiB
 
