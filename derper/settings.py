@@ -142,13 +142,14 @@ def _node(node: _Object) -> NodeSettings:
         raise SettingsError(f"{node._where}.serverKey: {error}") from None
     dial = node.get("dial", str)
     host, _, port = dial.rpartition(":")
+    host = host.strip("[]")
     if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise SettingsError(f"{node._where}.dial must be HOST:PORT, not {dial!r}")
     return NodeSettings(
         server_key=server_key,
         host_name=node.get("hostName", str),
         cert_name=node.get("certName", str, ""),
-        dial_host=host.strip("[]"),
+        dial_host=host,
         dial_port=int(port),
         certificates=node.strings("certificates"),
     )

@@ -49,7 +49,7 @@ class WatchedRelay(Relay):
             "descriptors": len(os.listdir("/proc/self/fd")),
             "tasks": len(asyncio.all_tasks()),
             "memory": _resident(),
-            "links": len(hub.links) + len(hub.paused) + len(listener._handshakes),
+            "links": len(hub.links) + len(hub.paused) + len(listener._arrivals),
             "clients": len(router.active),
             "tables": len(router.watchers) + len(router._duplicates) + len(router._interested) + len(hub._wheel.places),
             "accepted": listener.accepted,

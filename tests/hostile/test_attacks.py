@@ -79,7 +79,7 @@ async def test_tls_that_never_ends(node: HostileRelay) -> None:
 
 async def test_connections_that_say_nothing(tmp_path: Path) -> None:
     """More than may shake hands at once: some are refused, the pair goes on, and those who come later are served."""
-    crowded = (*SHORT, "derper.net.listener._HANDSHAKES_AT_ONCE=300")
+    crowded = (*SHORT, "derper.net.listener._ARRIVALS_AT_ONCE=300")
     async with relay(tmp_path, settings=crowded) as node, bystanders(node, "2,000 silent connections"):
         before = await settled(node)
         silent = [await node.connect(tls=False) for _ in range(2000)]

@@ -107,6 +107,7 @@ def with_node(**changes: Any) -> object:
         (with_node(certName=1), "nodes.a.certName must be a string"),
         (with_node(dial="host"), "nodes.a.dial must be HOST:PORT, not 'host'"),
         (with_node(dial=":443"), "nodes.a.dial must be HOST:PORT, not ':443'"),
+        (with_node(dial="[]:443"), "nodes.a.dial must be HOST:PORT, not '[]:443'"),
         (with_node(dial="host:0"), "nodes.a.dial must be HOST:PORT, not 'host:0'"),
         (with_node(dial="host:65536"), "nodes.a.dial must be HOST:PORT, not 'host:65536'"),
         (with_node(dial="host:\u0661"), "nodes.a.dial must be HOST:PORT, not 'host:\u0661'"),
