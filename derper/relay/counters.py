@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
-__all__ = ["MAX_RUN", "Counters", "DropReason", "Histogram"]
+__all__ = ["Counters", "DropReason", "Histogram"]
 
-MAX_RUN: Final = 100  #: frames in one write that are told apart; longer runs are counted as one more
+_RUN_BOUNDS: Final = (*range(11), 15, 20, 25, 50, 100)
 _QUEUE_DECAY: Final = 0.9  # derpserver, recordQueueTime
 
 
@@ -97,8 +97,7 @@ class Counters:
         default_factory=lambda: Histogram((0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000))
     )
     mesh_update_loop_count: Histogram = field(default_factory=lambda: Histogram((0, 1, 2, 5, 10, 20, 50, 100)))
-    #: how many writes had one frame, two, ... and more than `MAX_RUN`; a plain list, as the data path counts here
-    runs: list[int] = field(default_factory=lambda: [0] * (MAX_RUN + 2))
+    runs: Histogram = field(default_factory=lambda: Histogram(_RUN_BOUNDS))  #: frames of writes with more than one
     control_frames: int = 0  #: written, beside packets
     #: (reason, is disco) -> packets, and -> bytes
     packets_dropped: dict[tuple[DropReason, bool], int] = field(default_factory=_by_reason)
@@ -123,9 +122,9 @@ class Counters:
         return self._average_queue_ms * _QUEUE_DECAY ** (self.packets_sent - self._averaged)
 
     def buffered_write_frames(self) -> Histogram:
-        """How many frames were written at once."""
-        found = Histogram((*range(11), 15, 20, 25, 50, 100))
-        for frames, times in enumerate(self.runs):
-            found.observe(frames, times)
-        found.sum = self.packets_sent + self.control_frames  # it knows the true length of the longest runs
+        """How many frames were written at once.  Single ones are all the others, so that their way costs nothing."""
+        found = Histogram(_RUN_BOUNDS)
+        found.counts[:] = self.runs.counts
+        found.sum = self.runs.sum
+        found.observe(1, times=self.packets_sent + self.control_frames - self.runs.sum)
         return found

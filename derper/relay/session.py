@@ -25,7 +25,7 @@ from ..wire.errors import ProtocolError
 from ..wire.frames import DISCO_MAGIC, HEADER, HEADER_LEN, MAX_PACKET, MAX_PING, PING_LEN, FrameType, PeerGoneReason
 from ..wire.handshake import ClientInfo
 from ..wire.keys import KEY_LEN, NodePublic
-from .counters import MAX_RUN, DropReason
+from .counters import DropReason
 from .limits import QUEUE_DEPTH, TokenBucket
 from .router import Router
 
@@ -41,7 +41,6 @@ _DISCO_MIN: Final = _KEYED + len(DISCO_MAGIC) + KEY_LEN + 24
 _SEND_PACKET: Final = int(FrameType.SEND_PACKET)
 _RECV_PACKET: Final = int(FrameType.RECV_PACKET)
 
-_LONGER_RUN: Final = MAX_RUN + 1
 _CONTROL_BOUND: Final = 64 << 10  # bytes of control frames that may wait for a client that does not read
 _MESH_CONTROL_BOUND: Final = 16 << 20  # the same for a watcher, which is told of every client
 _HOME_MOVE_AFTER: Final = 5.0  # seconds; an earlier NOTE_PREFERRED is part of connecting, not a move
@@ -309,7 +308,8 @@ class Session:
             counters = self.counters
             counters.packets_sent += count
             counters.bytes_sent += len(chunk) - count * _KEYED
-            counters.runs[count if count <= MAX_RUN else _LONGER_RUN] += 1
+            if count > 1:
+                counters.runs.observe(count)
         else:
             self._enqueue(chunk, now)
 
@@ -317,10 +317,9 @@ class Session:
         """Send a control frame (or several).  It may overtake queued packets."""
         if self.closed or not frame:
             return
-        self.counters.control_frames += 1
         if self.paused_since is None:
+            self.counters.control_frames += 1
             self.sink.write(frame)
-            self.counters.runs[1] += 1
             return
         self._control.append(frame)
         self._control_size += len(frame)
@@ -391,6 +390,7 @@ class Session:
         self.paused_since = None
         self._pong_waiting = False
         waiting = self._control
+        self.counters.control_frames += len(waiting)
         self._control, self._control_size = [], 0
         for queue in (self._disco_queue, self._queue):
             while queue:
@@ -403,7 +403,8 @@ class Session:
                 self.counters.bytes_sent += len(frame) - _KEYED
                 waiting.append(frame)
         if waiting:
-            self.counters.runs[min(len(waiting), _LONGER_RUN)] += 1
+            if len(waiting) > 1:
+                self.counters.runs.observe(len(waiting))
             self.sink.write(b"".join(waiting))
 
     def close(self) -> None:
