@@ -237,7 +237,13 @@ class Relay:
 
     def _site(self, hub: Hub) -> Site:
         config = self.config
-        access = Access(config.debug_key_path, config.debug_ip, config.debug_networks, tell=config.dev)
+        access = Access(
+            config.debug_key_path,
+            config.debug_ip,
+            config.debug_networks,
+            tell=config.dev,
+            tailscale=not config.settings,
+        )
         debug = Debug(access, hub, debug_facts(self))
         return Site(hub.counters, config.home, config.derp, self.bootstrap_dns, debug)
 

@@ -53,6 +53,7 @@ class Access:
     ip: str = ""  #: TS_ALLOW_DEBUG_IP
     networks: tuple[Network, ...] = ()  #: TS_DEBUG_TRUSTED_CIDRS
     tell: bool = False  #: with -dev: the refusal says how to get in
+    tailscale: bool = True  #: false: Tailscale's addresses are like others (clusters have them for pods and NAT)
 
     def allows(self, request: web.Request) -> bool:
         """Whether this request may have the page."""
@@ -61,7 +62,7 @@ class Access:
         client = client_of(request)
         if client is None or request.headers.get("X-Forwarded-For"):
             return False  # behind a proxy the address says nothing
-        return client.is_loopback or _is_tailscale(client) or str(client) == self.ip or self._trusts(client)
+        return client.is_loopback or str(client) == self.ip or self._trusts(client)
 
     def refusal(self, request: web.Request) -> web.Response:
         """The answer to those who may not."""
@@ -69,7 +70,7 @@ class Access:
         return error(403, f"debug access denied{hint}")
 
     def _trusts(self, client: IPv4Address | IPv6Address) -> bool:
-        return any(client in network for network in self.networks)
+        return any(client in network for network in self.networks) or (self.tailscale and _is_tailscale(client))
 
     def _knows_key(self, request: web.Request) -> bool:
         offered = request.query.get("debugkey", "")

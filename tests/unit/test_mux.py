@@ -119,6 +119,14 @@ def test_access_by_address(client: str | None, allowed: bool) -> None:
     assert not Access().allows(a_request("/debug/", client=client, X_Forwarded_For="127.0.0.1"))
 
 
+def test_tailscale_addresses_may_be_a_clusters_own() -> None:
+    access = Access(tailscale=False, networks=(ip_network("100.64.0.0/16"),))
+    assert access.allows(a_request("/debug/", client="127.0.0.1"))
+    assert access.allows(a_request("/debug/", client="100.64.0.1"))
+    assert not access.allows(a_request("/debug/", client="100.65.0.1"))
+    assert not access.allows(a_request("/debug/", client="fd7a:115c:a1e0::1"))
+
+
 def test_access_of_those_who_are_named() -> None:
     access = Access(ip="192.0.2.1", networks=(ip_network("10.0.0.0/8"), ip_network("2001:db8::/32")))
     for client, allowed in (
