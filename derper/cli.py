@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from . import __version__, config, probe, prune, region, status_command
-from .config import Config, UsageError
+from .config import Config, HelpWanted, UsageError, VersionWanted
 from .runtime import raise_file_limit, run, set_up_logging, stop_signals
 from .server import Relay, StartError
 
@@ -53,17 +53,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _relay(arguments: list[str]) -> int:
-    if any(argument in ("-h", "-help", "--help") for argument in arguments):
-        print(_HELP)
-        return 0
-    if any(argument in ("-version", "--version") for argument in arguments):
-        print(__version__)
-        return 0
     try:
         chosen = config.parse_flags(arguments, os.environ, is_root=os.geteuid() == 0)
+    except HelpWanted:
+        print(_HELP)
+        return 0
+    except VersionWanted:
+        print(__version__)
+        return 0
     except UsageError as error:
         print(f"derper: {error}", file=sys.stderr)
-        return 2
+        return error.status
     set_up_logging()
     raise_file_limit()
     try:

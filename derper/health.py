@@ -23,7 +23,7 @@ from aiohttp import web
 from . import __version__, metrics, status
 from .expvar import vars_json
 from .net.debug import Facts
-from .net.sockets import bind_unix
+from .net.sockets import bind, bind_unix
 
 if TYPE_CHECKING:
     from .relay.session import Session
@@ -60,9 +60,11 @@ class Health:
         """Make ready to listen."""
         await self._runner.setup()
 
-    async def listen(self, host: str, port: int) -> None:
-        """Serve on a TCP port.  Raises OSError."""
-        await web.TCPSite(self._runner, host or None, port).start()
+    async def listen(self, host: str, port: int) -> int:
+        """Serve on a TCP port, and tell which it is, for 0 is any.  Raises OSError."""
+        sock = bind(host, port, socket.SOCK_STREAM)
+        await web.SockSite(self._runner, sock).start()
+        return int(sock.getsockname()[1])
 
     async def listen_unix(self, path: Path) -> None:
         """Serve on a Unix socket that only this user may use.  Raises OSError, EADDRINUSE where one is in use."""

@@ -192,7 +192,7 @@ class Relay:
         if self.hub is None:
             return
         self._apply()
-        if self.config.stun and self.stun is None:
+        if self.config.stun and self.config.stun_port >= 0 and self.stun is None:
             self.stun = await self._open_stun()
         if self.listener is None and not state.missing and not self.draining:
             await self._listen(self.hub)
@@ -258,12 +258,13 @@ class Relay:
     async def _serve_health(self) -> None:
         config, self._health = self.config, Health(self)
         await self._health.open()
-        if config.metrics_port:
+        if config.metrics_port is not None:
             try:
-                await self._health.listen(config.metrics_host, config.metrics_port)
+                port = await self._health.listen(config.metrics_host, config.metrics_port)
             except OSError as error:
                 where = _cannot_listen("TCP", config.metrics_host, config.metrics_port, error, "-metrics-addr")
                 raise StartError(where) from None
+            log.info("derper: serving metrics on %s:%d", config.metrics_host, port)
         path = Path(config.status_socket) if config.status_socket else default_socket()
         if path is not None:
             await self._serve_status(self._health, path)

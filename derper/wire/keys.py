@@ -107,7 +107,7 @@ class NodePrivate:
 
     def to_config(self) -> str:
         """The text of a key file that stock derper reads too."""
-        return json.dumps({"PrivateKey": self.secret_text()}, indent="\t") + "\n"
+        return json.dumps({"PrivateKey": self.secret_text()}, indent="\t")
 
     def secret_text(self) -> str:
         """``privkey:<64 hex>``.  Never log it; `str()` and `repr()` show the public key only."""

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from derper import cli
-from derper.config import Config, MeshHost, UsageError, parse_flags, usage
+from derper.config import Config, HelpWanted, MeshHost, UsageError, VersionWanted, parse_flags, usage
 from derper.state import RelayState
 
 KEY = ("-c", "/tmp/derper.key")
@@ -71,6 +71,15 @@ def test_spellings_of_a_switch(spelling: tuple[str, ...], value: bool) -> None:
         (("-a", "127.0.0.1:8443"), {"listen_host": "127.0.0.1", "listen_port": 8443}),
         (("-a", "[::1]:8443"), {"listen_host": "::1", "listen_port": 8443}),
         (("-a", ":0"), {"listen_host": "", "listen_port": 0}),
+        (("-a", ":"), {"listen_host": "", "listen_port": 0}),
+        (("-a", "localhost:https"), {"listen_host": "localhost", "listen_port": 443}),
+        (("-a", "[fe80::1%eth0]:8443"), {"listen_host": "fe80::1%eth0", "listen_port": 8443}),
+        (("-http-port", "0x50"), {"http_port": 80}),
+        (("-stun-port", "-7"), {"stun_port": -1}),
+        (("-tcp-keepalive-time", "0"), {"tcp_keep_alive": 15.0}),
+        (("-tcp-keepalive-time", "-1s"), {"tcp_keep_alive": 0.0}),
+        (("-metrics-addr", "127.0.0.1:0"), {"metrics_host": "127.0.0.1", "metrics_port": 0}),
+        (("-stun", "--"), {}),
         (("-http-port", "-1"), {"http_port": -1}),
         (("-certdir", "/certs"), {"cert_dir": "/certs"}),
         (("-hostname", "derp.example.com"), {"hostname": "derp.example.com"}),
@@ -169,6 +178,7 @@ def test_the_mesh_key_where_stock_derper_looks_for_it(tmp_path: Path) -> None:
     assert parse(*MANUAL, HOME=str(tmp_path)).mesh_key_path == str(usual)
     assert parse(*MANUAL, "-mesh-with", "a.example.com", HOME=str(tmp_path)).mesh_with
     assert parse(*MANUAL, "-mesh-psk-file", "/other", HOME=str(tmp_path)).mesh_key_path == "/other"
+    assert parse(*MANUAL, "-mesh-psk-file", "", HOME=str(tmp_path)).mesh_key_path == ""
     assert parse("-dev", HOME=str(tmp_path)).mesh_key_path == ""
     assert parse(*MANUAL, "-settings", "/s", "-node", "n", HOME=str(tmp_path)).mesh_key_path == ""
 
@@ -182,9 +192,10 @@ def test_an_accept_limit_without_a_burst_is_none() -> None:
 
 
 def test_dev() -> None:
+    """As stock derper: whatever -a and -c say."""
     config = parse("-dev")
-    assert (config.listen_port, config.http_port, config.key_path, config.dev) == (3340, -1, "", True)
-    assert parse("-dev", "-a", ":4000").listen_port == 4000
+    assert (config.listen_port, config.http_port, config.key_path, config.dev) == (3340, 80, "", True)
+    assert parse("-dev", "-a", "127.0.0.1:4000", "-c", "/x", "-mesh-psk-file", "/y") == config
 
 
 LETSENCRYPT = (
@@ -200,16 +211,13 @@ LETSENCRYPT = (
         (("--hostname", "a b"), "-hostname must be a DNS name or an IP address, not 'a b'"),
         (("-hostname", ""), "-hostname must be a DNS name or an IP address, not ''"),
         (("-hostname", "x" * 64), f"-hostname must be a DNS name or an IP address, not '{'x' * 64}'"),
-        (("-wat",), "unknown flag or argument '-wat'; derper -help lists the flags"),
-        (("serve",), "unknown flag or argument 'serve'; derper -help lists the flags"),
-        (("---a", ":1"), "unknown flag or argument '---a'; derper -help lists the flags"),
-        (("-a",), "-a needs a value"),
         (("-a", "443"), '-a must be an address such as ":443", "127.0.0.1:443" or "[::1]:443", not \'443\''),
         (("-a", "::1:443"), '-a must be an address such as ":443", "127.0.0.1:443" or "[::1]:443", not \'::1:443\''),
         (("-a", ":-1"), "-a must be an address with a port from 0 to 65535, not ':-1'"),
-        (("-a", ":65536"), "-a must be a port from 0 to 65535, or -1 for none, not ':65536'"),
-        (("-stun-port", "x"), "-stun-port must be a port from 0 to 65535, or -1 for none, not 'x'"),
-        (("-stun=yes",), "-stun must be true or false, not 'yes'"),
+        (("-a", ":65536"), "-a must be an address with a port from 0 to 65535, not ':65536'"),
+        (("-a", ":no-such-service"), "-a must be an address with a port from 0 to 65535, not ':no-such-service'"),
+        (("-stun-port", "70000"), "-stun-port must be a port from 0 to 65535, or -1 for none, not '70000'"),
+        (("-tcp-user-timeout", "-1s"), "-tcp-user-timeout must be a duration that is not negative, not '-1.0'"),
         (("-home", "x"), "-home must be empty, \"blank\", or a URL that starts with http:// or https://, not 'x'"),
         (
             ("-verify-client-url", "x"),
@@ -229,10 +237,10 @@ LETSENCRYPT = (
             ("-accept-connection-limit", "nan"),
             "-accept-connection-limit must be a number that is not negative, not 'nan'",
         ),
-        (("-accept-connection-limit", "x"), "-accept-connection-limit must be a number, not 'x'"),
-        (("-accept-connection-burst", "-1"), "-accept-connection-burst must be a whole number, not '-1'"),
-        (("-tcp-write-timeout", "2"), "-tcp-write-timeout must be a duration such as 15s or 10m, not '2'"),
-        (("-tcp-write-timeout", ""), "-tcp-write-timeout must be a duration such as 15s or 10m, not ''"),
+        (
+            ("-accept-connection-burst", "-1"),
+            "-accept-connection-burst must be a number that is not negative, not '-1'",
+        ),
         (
             ("-mesh-with", "a/b/c"),
             "-mesh-with must be a list of HOST or HOST/DIAL-HOST; 'a/b/c' has too many parts, not 'a/b/c'",
@@ -258,7 +266,56 @@ LETSENCRYPT = (
 def test_mistakes(arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse(*MANUAL, *arguments)
-    assert str(caught.value) == message
+    assert (str(caught.value), caught.value.status) == (message, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-wat",), "unknown flag -wat; derper -help lists the flags"),
+        (("-wat=x",), "unknown flag -wat; derper -help lists the flags"),
+        (("serve",), "unexpected argument 'serve'; derper -help lists the commands and flags"),
+        (("-",), "unexpected argument '-'; derper -help lists the commands and flags"),
+        (("--", "-a"), "unexpected argument '-a'; derper -help lists the commands and flags"),
+        (("-stun", "false"), "unexpected argument 'false': a switch takes its value behind '=', as in -stun=false"),
+        (("---a", ":1"), "'---a' is no flag; derper -help lists the flags"),
+        (("-=1",), "'-=1' is no flag; derper -help lists the flags"),
+        (("-a",), "-a needs a value"),
+        (("-stun-port", "x"), "-stun-port must be a whole number, not 'x'"),
+        (("-stun=yes",), "-stun must be true or false, not 'yes'"),
+        (("-accept-connection-limit", "x"), "-accept-connection-limit must be a number, not 'x'"),
+        (("-tcp-write-timeout", "2"), "-tcp-write-timeout must be a duration such as 15s or 10m, not '2'"),
+    ],
+)
+def test_what_gos_flag_package_refuses(arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse(*MANUAL, *arguments)
+    assert (str(caught.value), caught.value.status) == (message, 2)
+
+
+def test_help_and_version() -> None:
+    """In the order of the line, as in Go; the version comes after everything has been read."""
+    for arguments in (["-h"], ["-help"], ["--help=1"], ["-h", "-wat"], ["-version", "-h"]):
+        with pytest.raises(HelpWanted):
+            parse(*arguments)
+    for arguments in (["-version"], ["--version=t"], ["-a", "nonsense", "-version"], ["-home", "-h", "-version"]):
+        with pytest.raises(VersionWanted):
+            parse(*arguments)
+    for wrong in (["-wat", "-h"], ["-version", "-wat"], ["-version=false", "-wat"]):
+        with pytest.raises(UsageError):
+            parse(*wrong)
+
+
+def test_without_a_home() -> None:
+    for environ in ({}, {"XDG_CACHE_HOME": "relative"}):
+        with pytest.raises(UsageError, match=r"^-certdir is missing: name the folder for the certificate$"):
+            parse_flags(MANUAL, environ, is_root=False)
+    with pytest.raises(UsageError, match="-certdir is missing"):
+        parse(*MANUAL, "-certdir", "")
+
+
+def test_an_empty_value_is_none() -> None:
+    assert parse("-certmode=manual", "-c", "", is_root=True).key_path == "/var/lib/derper/derper.key"
 
 
 def test_a_key_file_must_be_named() -> None:
@@ -281,14 +338,15 @@ VALUES = st.text(max_size=8) | st.sampled_from(
 
 @given(st.lists(FLAGS | VALUES | st.tuples(FLAGS, VALUES).map("=".join), max_size=5))
 def test_any_command_line_is_a_configuration_or_a_usage_error(arguments: list[str]) -> None:
-    with contextlib.suppress(UsageError):
+    with contextlib.suppress(UsageError, HelpWanted, VersionWanted):
         parse(*arguments)
 
 
 @pytest.mark.parametrize(
     ("arguments", "status", "out", "err"),
     [
-        (["--hostname", "a b"], 2, "", "derper: -hostname must be a DNS name or an IP address, not 'a b'\n"),
+        (["--hostname", "a b"], 1, "", "derper: -hostname must be a DNS name or an IP address, not 'a b'\n"),
+        (["-stun=maybe"], 2, "", "derper: -stun must be true or false, not 'maybe'\n"),
         (["-help"], 0, "Usage: derper [flags]", ""),
         (["-version"], 0, "0.", ""),
         (["-c", "/proc/x/y", "-a", "127.0.0.1:0"], 1, "", "derper: cannot make the key file /proc/x/y: no such file"),

@@ -61,7 +61,7 @@ def test_relay_commands_are_understood() -> None:
     relays = [command[1:] for command in commands() if command[0] == "derper" and command[1].startswith("-")]
     assert relays
     for arguments in relays:
-        parse_flags(arguments, {}, is_root=True)
+        parse_flags(arguments, {"HOME": "/root"}, is_root=True)
     with pytest.raises(UsageError):
         parse_flags(["-no-such-flag"], {}, is_root=True)
 
