@@ -209,13 +209,21 @@ FLAGS: Final = (
         _WORDS,
         "names that /bootstrap-dns answers without listing them, each NAME or NAME/TXT-RECORD-WITH-PERCENTAGE",
     ),
-    Flag("verify-clients", "verify_clients", _SWITCH, "admit the clients that the local tailscaled knows (false)"),
+    Flag("verify-clients", "verify_clients", _SWITCH, "refuse clients that the local tailscaled does not know (false)"),
     Flag("socket", "tailscaled_socket", _TEXT, "socket of that tailscaled (/var/run/tailscale/tailscaled.sock)"),
     Flag(
-        "verify-client-url", "verify_urls", _URLS, "admission controllers to ask about each client; one must allow it"
+        "verify-client-url",
+        "verify_urls",
+        _URLS,
+        "admission controllers to ask about each client, separated by commas; one must allow it",
     ),
     Flag("verify-client-url-fail-open", "verify_fail_open", _SWITCH, "admit clients while none can be asked (false)"),
-    Flag("admission-keys", "admission_keys", _WORDS, "files with keys of clients to admit, one nodekey:<hex> per line"),
+    Flag(
+        "admission-keys",
+        "admission_keys",
+        _WORDS,
+        "files with keys of clients that are always admitted, one nodekey:<hex> per line",
+    ),
     Flag("accept-connection-limit", "accept_per_second", _NUMBER, "new connections per second (+Inf: no limit)"),
     Flag(
         "accept-connection-burst",

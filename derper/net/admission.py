@@ -121,11 +121,13 @@ class Admission:
     def admits_at_once(self, key: NodePublic) -> bool:
         """Whether the client may come in without asking anybody; to be called once for each login."""
         policy = self._policy
-        listed = policy.admits_at_once(key)
-        if policy.keys is not None:
-            self.listed["allow" if listed else "deny"] += 1
-        if listed:
+        if policy.is_open:
             return True
+        if policy.keys is not None:
+            listed = key in policy.keys
+            self.listed["allow" if listed else "deny"] += 1
+            if listed:
+                return True
         now = asyncio.get_running_loop().time()
         fresh = policy.asks and self._all_fresh(key, now)
         self.from_cache += fresh

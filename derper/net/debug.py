@@ -141,7 +141,10 @@ class Debug:
         return _text(self._facts.varz())
 
     async def _check(self, _request: web.Request) -> web.StreamResponse:
-        if faults := consistency.faults(self._hub.router):
+        faults = [*consistency.faults(self._hub.router)]
+        if problem := await self._hub.admission.check():
+            faults.append(problem)
+        if faults:
             return _text(", ".join(faults) + "\n", status=500)
         return _text("derp.Server ConsistencyCheck okay")
 

@@ -125,6 +125,8 @@ class Controller:
         writer.close()
 
     def _kind(self, line: str, body: bytes) -> str:
+        if line.startswith("CONNECT"):
+            return "403 and yes"
         path = line.split()[1].rpartition("/")[2].partition("?")[0].replace("%20", " ")
         return path if path in ANSWERS else self.kinds[json.loads(body)["NodePublic"]]
 
@@ -255,6 +257,14 @@ async def test_through_a_proxy(
     assert [line for line, _, _ in controller.requests] == (
         ["POST http://controller.test/yes HTTP/1.1"] if proxied else []
     )
+
+
+async def test_https_through_a_proxy(make: str, relays: Relays, clients: GoClients, controller: Controller) -> None:
+    proxy = controller.url.removesuffix("/verify")
+    url = "https://controller.test/verify"
+    relay = await start(relays, make, url, fail_open(False), env={"HTTPS_PROXY": proxy})
+    assert not await is_admitted(clients, relay)
+    assert [line for line, _, _ in controller.requests] == ["CONNECT controller.test:443 HTTP/1.1"]
 
 
 async def test_no_proxy_for_this_machine(make: str, relays: Relays, clients: GoClients, controller: Controller) -> None:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from .conftest import Relays
@@ -86,6 +87,18 @@ async def test_the_node_of_tailscaled_itself(make: str, relays: Relays, clients:
     relay = await start(relays, make, tailnet.socket)
     daemon = await tailnet.start(relay)
     assert await is_admitted(clients, relay, private_key=daemon.private_key())
+
+
+async def test_the_consistency_check(make: str, relays: Relays, tailnet: Tailnet) -> None:
+    relay = await start(relays, make, tailnet.socket)
+    url = f"https://{relay.derp_address}/debug/check"
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=False)) as http:
+        async with http.get(url) as response:
+            assert response.status == 500
+            assert str(tailnet.socket) in await response.text()
+        await tailnet.start(relay)
+        async with http.get(url) as response:
+            assert (response.status, await response.text()) == (200, "derp.Server ConsistencyCheck okay")
 
 
 async def test_with_a_controller_both_must_agree(
