@@ -24,7 +24,7 @@ YES = b'{"Allow":true}'
 
 
 def http(status: str, body: bytes = b"", *headers: str) -> bytes:
-    """A whole answer.  It says that the connection ends, for stock fails on one that it keeps and that is then closed."""
+    """A whole answer.  It says that the connection ends, for stock fails on one that it keeps and that is closed."""
     lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Connection: close", *headers]
     return "".join(f"{line}\r\n" for line in lines).encode() + b"\r\n" + body
 
