@@ -1,9 +1,9 @@
 """What a relay says of itself over HTTP: on the metrics port, and on a Unix socket for ``derper status``.
 
-``/healthz`` is 200 while the process runs, ``/readyz`` while clients are served; it names what is wrong in
-either case.  ``/metrics`` is for Prometheus,
-``/status`` for people and the operator.  ``/status?clients=1`` adds the list of clients: their addresses are for the
-machine's own users, so it is given on the socket, and on the port only to those who come over loopback.
+``/healthz`` is 200 while the process runs, ``/readyz`` while clients are served; it names what is wrong in either
+case.  ``/metrics`` is for Prometheus, ``/status`` for people and the operator.  ``/status?clients=1`` adds the list of
+clients: their addresses are for the machine's own users, so it is given on the socket, and on the port only to those
+who come over loopback.
 """
 
 from __future__ import annotations
@@ -118,6 +118,7 @@ class Health:
             if entries:
                 await response.write((separator + ",\n".join(entries)).encode())
                 separator = ",\n"
+            await asyncio.sleep(0)  # a write waits for a slow reader only
         await response.write(b"]}\n")
         return response
 

@@ -195,18 +195,22 @@ def _queues(queues: Status) -> str:
 def _admission(admission: Status) -> str:
     if admission["open"]:
         return "open to everybody"
-    sources = [*admission["sources"]]
+    sources = [f"{name} ({_outcomes(outcomes)})" for name, outcomes in admission["sources"].items()]
     if admission["listedKeys"] is not None:
         sources.append(f"{admission['listedKeys']} listed keys")
     what = ", ".join(sources) or "nobody, no source is set"
     return f"{what}; {'admits' if admission['failOpen'] else 'refuses'} clients while no source answers"
 
 
+def _outcomes(outcomes: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in outcomes.items() if count) or "not asked yet"
+
+
 def _limits(limits: Status) -> str:
     rate, accept = limits["clientBytesPerSecond"], limits["acceptPerSecond"]
     return (
         f"{f'{bytes_of(rate)}/s' if rate else 'any rate'} for each client,"
-        f" {f'{accept:g} new connections/s' if accept else 'any number of new connections'}"
+        f" {f'{accept:g} new connections/s' if accept is not None else 'any number of new connections'}"
     )
 
 

@@ -208,6 +208,8 @@ async def test_who_left_or_came_again_is_left_alone(world: World) -> None:
 async def test_nobody_is_closed_while_the_ideal_node_is_away(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     client = await world.on("900b", 1, "900a")
     await world.region.nodes[0].relay.close()
+    assert await command(*world.files) == 1
+    assert "900b  1        1          900a        900a, where clients would move to, cannot" in capsys.readouterr().out
     assert await command(*world.files, "--apply") == 1
     out = capsys.readouterr().out
     assert "900a, where clients would move to, cannot be reached: " in out

@@ -15,7 +15,7 @@ from aiohttp import web
 from derper import cli, health, status_command
 from derper.text import bytes_of, duration
 
-from .loopback import free_port
+from .loopback import free_port, private
 from .test_health import HOST, dial, relay_in, running
 
 
@@ -50,12 +50,33 @@ async def test_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             await client.close()
 
 
+async def test_limits_and_admission(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, keys, rates = tmp_path / "s", tmp_path / "keys", tmp_path / "rates"
+    keys.write_text(f"{private(1).public}\n")
+    rates.write_text('{"PerClientRateLimitBytesPerSec": 2048}')
+    flags = [f"-admission-keys={keys}", f"-rate-config={rates}", "-accept-connection-limit=7.5"]
+    url = f"http://user:secret@{HOST}:1/verify?token=secret"
+    flags += ["-accept-connection-burst=9", f"-verify-client-url={url}"]
+    async with running(relay_in(tmp_path, f"-status-socket={path}", *flags)):
+        assert await run("--socket", str(path)) == 0
+        text = capsys.readouterr().out
+        assert f"{HOST}:1/verify (not asked yet), 1 listed keys; refuses clients while no source answers" in text
+        assert "limits      2.0 KiB/s for each client, 7.5 new connections/s" in text
+        assert "secret" not in text
+        assert await run("--socket", str(path), "--json") == 0
+        text = capsys.readouterr().out
+        limits = json.loads(text)["limits"]
+        assert (limits["clientBytesPerSecond"], limits["acceptPerSecond"], limits["acceptBurst"]) == (2048, 7.5, 9)
+        assert "secret" not in text
+
+
 async def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     port = free_port()
     async with running(relay_in(tmp_path, f"-metrics-addr={HOST}:{port}")):
         assert await run("--address", f"{HOST}:{port}", "--json") == 0
         status = json.loads(capsys.readouterr().out)
         assert (status["ready"], "clientList" in status) == (True, False)
+        assert status["limits"]["acceptPerSecond"] is None
         assert await run("--address", f"{HOST}:{port}", "--json", "--clients") == 0
         assert json.loads(capsys.readouterr().out)["clientList"] == []
 
@@ -90,8 +111,9 @@ async def test_the_default_is_the_socket_then_the_port_of_a_pod(
     assert await run() == 2
     why = f"there is no {path}, and cannot ask {HOST}:{port}: connection refused; use --socket or --address"
     assert capsys.readouterr().err == f"derper status: {why}\n"
-    async with running(relay_in(tmp_path, f"-metrics-addr={HOST}:{port}")):
+    async with running(relay_in(tmp_path)):
         assert await run() == 0
+    async with running(relay_in(tmp_path, f"-metrics-addr={HOST}:{port}")):
         os.unlink(path)
         assert await run() == 0
 
