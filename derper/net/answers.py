@@ -23,21 +23,19 @@ class Answer:
 
     status: int
     headers: Mapping[str, str] = field(default_factory=dict)
-    body: str = ""
+    body: bytes = b""
     is_last: bool = False
 
     def encode(self, head: Head) -> bytes:
         """As it goes to the client."""
-        body = self.body.encode()
+        body = self.body
         minor = min(head.version[1], 1) if head.version[0] == 1 else 1
-        headers = dict(self.headers)
-        headers["Date"] = formatdate(usegmt=True)
-        if self.status != HTTPStatus.SWITCHING_PROTOCOLS and (body or head.method != "HEAD"):
-            headers["Content-Length"] = str(len(body))
-        if minor and self.ends(head):
-            headers["Connection"] = "close"
-        elif not minor and not self.ends(head):
-            headers["Connection"] = "keep-alive"
+        headers = {**self.headers, "Date": formatdate(usegmt=True)}
+        if self.status != HTTPStatus.SWITCHING_PROTOCOLS:
+            if body or head.method != "HEAD":
+                headers["Content-Length"] = str(len(body))
+            if self.ends(head) == (minor > 0):  # what is not so by default in this version
+                headers["Connection"] = "close" if minor else "keep-alive"
         lines = [f"HTTP/1.{minor} {self.status} {HTTPStatus(self.status).phrase}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         text = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
@@ -51,7 +49,7 @@ class Answer:
 def error(status: int, text: str, headers: Mapping[str, str] | None = None) -> Answer:
     """As http.Error."""
     plain = {"Content-Type": "text/plain; charset=utf-8", "X-Content-Type-Options": "nosniff"}
-    return Answer(status, {**(headers or {}), **plain}, text + "\n")
+    return Answer(status, {**(headers or {}), **plain}, text.encode() + b"\n")
 
 
 def refusal(fault: HeadError) -> bytes:
@@ -74,9 +72,12 @@ def early_answer(head: Head) -> Answer | None:
 
 def _redirect(head: Head) -> Answer:
     """To the clean path.  Go escapes an escaped path once more."""
-    location = quote(clean_path(head.path), safe=_IN_PATH) + (f"?{head.query}" if head.query else "")
+    path = quote(clean_path(head.path), safe=_IN_PATH)
+    query = f"?{head.query}" if head.query else ""
+    location = path + "".join(char if char < "\x80" else f"%{ord(char):02x}" for char in query)
     if head.method not in ("GET", "HEAD"):
         return Answer(307, {"Location": location})
     headers = {"Content-Type": "text/html; charset=utf-8", "Location": location}
-    body = f'<a href="{escape(location)}">Temporary Redirect</a>.\n\n'
-    return Answer(307, headers, "" if head.method == "HEAD" else body)
+    link = escape(path + query, quote=False).replace('"', "&#34;").replace("'", "&#39;")
+    body = f'<a href="{link}">Temporary Redirect</a>.\n\n'.encode("latin-1")
+    return Answer(307, headers, b"" if head.method == "HEAD" else body)

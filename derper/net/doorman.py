@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from ipaddress import ip_address
 from typing import Final, Protocol, cast
+from urllib.parse import quote
 
 from websockets.frames import CloseCode
 
@@ -29,12 +30,14 @@ from ..wire.head import Head, HeadError, HeadReader
 from .answers import Answer, early_answer, refusal
 from .hub import Hub
 from .link import Link
+from .sockets import tls_version
 from .websocket import SUBPROTOCOL, WebSocket, handshake, wants_websocket
 
 __all__ = ["Doorman", "HTTPHandler", "Reception", "remote_of"]
 
 HEAD_SECONDS: Final = 30.0  # for a whole request; also for the pause between two (http.Server.ReadTimeout)
 _METHODS: Final = {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"}
+_IN_QUERY: Final = "".join(map(chr, range(0x21, 0x7F)))
 _HOP_BY_HOP: Final = {"connection", "content-length", "expect", "host", "transfer-encoding", "upgrade"}
 
 
@@ -172,7 +175,9 @@ class Doorman(asyncio.Protocol):
         return rest
 
     def _is_upgrade(self, head: Head) -> bool:
-        if not self._reception.serve_derp or head.method == "CONNECT" or not head.is_path("/derp"):
+        if not self._reception.serve_derp or not head.is_path("/derp"):
+            return False
+        if head.method == "CONNECT" and tls_version(self._transport) is not None:
             return False
         return head.first("upgrade").lower() in ("derp", "websocket")
 
@@ -269,7 +274,8 @@ class Doorman(asyncio.Protocol):
 def _for_http(head: Head, body: int | None, *, is_last: bool) -> bytes:
     """The head as aiohttp's stricter parser takes it, to the same effect."""
     method = head.method if head.method in _METHODS else "PATCH"  # to the pages, one more that is not GET
-    target = head.target if method == "CONNECT" else head.path + (f"?{head.query}" if head.query else "")
+    query = quote(head.query.encode("latin-1"), safe=_IN_QUERY)
+    target = head.target if method == "CONNECT" else head.path + (f"?{query}" if query else "")
     lines = [f"{method} {target} HTTP/1.{min(head.version[1], 1)}", f"Host: {head.host}"]
     lines += [f"{name}: {value}" for name, value in head.fields if name not in _HOP_BY_HOP]
     if body is None:

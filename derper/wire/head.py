@@ -30,7 +30,6 @@ _AUTHORITY: Final = re.compile(
 _BAD_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _LENGTH: Final = re.compile(r"[0-9]{1,18}")
 _IN_PATH: Final = "!$&'()*+,;=:@[]%/-_.~"  # url.validEncoded
-_IN_QUERY: Final = "".join(map(chr, range(0x21, 0x7F)))
 
 
 class HeadError(Exception):
@@ -44,7 +43,7 @@ class HeadError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A request.  `path` and `query` are percent-encoded; `path` is empty where the target has none."""
+    """A request.  `path` is percent-encoded, and empty where the target has none; `query` is as it was sent."""
 
     method: str
     target: str  #: as it was sent
@@ -188,7 +187,6 @@ def _target(method: str, raw: str) -> tuple[str, str, str]:
         return "", "*", ""
     scheme = _SCHEME.match(raw)
     rest, _, query = raw[scheme.end() if scheme else 0 :].partition("?")
-    query = quote(query.encode("latin-1"), safe=_IN_QUERY)
     if not rest.startswith("/"):
         if scheme is None:
             raise HeadError
