@@ -27,7 +27,8 @@ class TCPInfo(NamedTuple):
 def bind(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
     """A bound, non-blocking socket.  Raises OSError.
 
-    An empty host means all addresses of both families, and so does an unspecified address (as Go's net.Listen).
+    An empty host means all addresses of both families, and so does an unspecified address; of a name's addresses an
+    IPv4 one is taken before others (as Go's net.Listen).
     """
     if host in ("", "::", "0.0.0.0"):
         try:
@@ -37,9 +38,10 @@ def bind(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
                 raise
             return _bound(socket.AF_INET, ("0.0.0.0", port), kind, dual=False)
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)[0]
+        found = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)
     except UnicodeError:
         raise OSError(errno.EINVAL, "this is no host name") from None
+    family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
     return _bound(family, address, kind, dual=False)  # with the zone of a link-local address
 
 

@@ -57,12 +57,12 @@ def parse_request(packet: bytes) -> bytes:
     if packet[:2] != _BINDING_REQUEST:
         raise ProtocolError("not a STUN binding request")
     software_ok = False
-    last, fingerprint = 0, b""
+    last, fingerprint = 0, bytes(4)
     for kind, value in _attributes(packet):
         last = kind
         if kind == _SOFTWARE and value == _SOFTWARE_NAME:
             software_ok = True
-        elif kind == _FINGERPRINT:
+        elif kind == _FINGERPRINT and len(value) == len(fingerprint):
             fingerprint = value
     if not software_ok:
         raise ProtocolError("STUN request from other software")

@@ -9,6 +9,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 
@@ -200,6 +201,17 @@ def test_one_address() -> None:
     for host, family in (("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6)):
         with sockets.bind(host, 0, socket.SOCK_DGRAM) as sock:
             assert (sock.family, sock.getsockname()[0]) == (family, host)
+
+
+def test_a_name_with_addresses_of_both_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = socket.getaddrinfo
+
+    def both(_host: str, port: int, **options: Any) -> list[Any]:
+        return [*real("::1", port, **options), *real("127.0.0.1", port, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", both)
+    with sockets.bind("localhost", 0, socket.SOCK_DGRAM) as sock:
+        assert sock.getsockname()[0] == "127.0.0.1"
 
 
 def test_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
