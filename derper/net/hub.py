@@ -19,6 +19,7 @@ from ..wire.handshake import ClientInfo
 from ..wire.keys import MeshKey, NodePrivate
 from .admission import Admission
 from .roundtrips import RoundTrips
+from .stalls import Stalls
 
 if TYPE_CHECKING:
     from .link import Link
@@ -29,6 +30,7 @@ log = logging.getLogger("derper")
 
 _KEEP_ALIVE_JITTER: Final = 5  # seconds
 _TICK: Final = 1.0
+_LOOK: Final = 0.5  # seconds between looks for stalled clients
 _READ_BUFFER: Final = 2 * MAX_CLIENT_INFO  # the longest frame that must be held whole, and as much again to read into
 
 
@@ -98,6 +100,7 @@ class Hub:
         self.draining = False  # no new clients
         self.link_lost = asyncio.Event()  # set whenever a link closes
         self.paused: set[Link] = set()  # those whose socket is full
+        self.stalls = Stalls()
         self.round_trips = RoundTrips(self.counters)
         # One read buffer for all links: what a link does not use at once it copies.
         self.read_buffer = bytearray(_READ_BUFFER)
@@ -107,15 +110,18 @@ class Hub:
         self._rng = rng
         self._wheel = _Wheel()
         self._timer: asyncio.TimerHandle | None = None
+        self._look_timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         """Start the timers."""
         self._timer = self.loop.call_later(_TICK, self._tick)
+        self._look_timer = self.loop.call_later(_LOOK, self._look)
 
     def stop(self) -> None:
         """Stop the timers and drop every connection."""
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._look_timer):
+            if timer is not None:
+                timer.cancel()
         for link in tuple(self.links):
             link.abort()
 
@@ -153,16 +159,14 @@ class Hub:
         self.router.unregister(session)
         session.close()
 
-    def write_timeout(self, session: Session) -> float:
-        """Seconds that the session's socket may stay full."""
-        return self.limits.mesh_write_timeout if session.can_mesh else self.limits.write_timeout
-
     def _tick(self) -> None:
         self._timer = self.loop.call_later(_TICK, self._tick)
         keep_alive = frames.keep_alive()
         for session in self._wheel.turn():
             session.control(keep_alive)
-        now = self.clock()
-        for link in tuple(self.paused):
-            link.check_stall(now)
-        self.round_trips.sample(now)
+        self.round_trips.sample(self.clock())
+
+    def _look(self) -> None:
+        self._look_timer = self.loop.call_later(_LOOK, self._look)
+        for link, seconds in self.stalls.look(self.paused, self.clock()):
+            link.stalled(seconds)

@@ -28,6 +28,7 @@ __all__ = ["Link"]
 log = logging.getLogger("derper")
 
 LOGIN_SECONDS: Final = 10.0  # derpserver.accept
+_GOODBYE_SECONDS: Final = 5.0  # for a closed client to take what was written to it
 _WRITE_HIGH_WATER: Final = 64 << 10
 _MESH_HIGH_WATER: Final = 1 << 20
 
@@ -96,11 +97,8 @@ class Link(asyncio.BufferedProtocol):
         hub = self._hub
         hub.links.discard(self)
         hub.link_lost.set()
-        hub.paused.discard(self)
         self._cancel_timers()
-        if self._session is not None:
-            hub.leave(self._session)
-            self._session = None
+        self._leave()
         del self._transport  # they hold each other, and TLS with them: so all go now, not at some garbage collection
 
     def pause_writing(self) -> None:
@@ -118,11 +116,18 @@ class Link(asyncio.BufferedProtocol):
     # -- Sink: where the session writes -----------------------------------------------------------------
 
     def write(self, data: bytes) -> None:
-        """Send bytes to the client."""
+        """Send bytes to the client, the first ones since the hub has looked whether it reads.
+
+        Until the next look the session writes to the transport itself.
+        """
+        if self._session is not None:
+            self._session.write = self._transport.write
+            self._hub.stalls.written.add(self)
         self._transport.write(data)
 
     def abort(self) -> None:
-        """Close now; `connection_lost` follows."""
+        """Close now; `connection_lost` follows, and until then packets for the client wait to be dropped."""
+        self.pause_writing()
         self._transport.abort()
 
     # -- the hub's and the drain's view ------------------------------------------------------------------
@@ -142,8 +147,11 @@ class Link(asyncio.BufferedProtocol):
         return tcp_info(self._transport) if self in self._hub.links else None
 
     def close(self) -> None:
-        """Close after what is written has been sent; nothing if it is closed."""
+        """Close after what is written has been sent; nothing if it is closed.  Others see the client go now."""
         if self in self._hub.links:
+            self._cancel_timers()
+            self._leave()
+            self._login_timer = self._hub.loop.call_later(_GOODBYE_SECONDS, self._transport.abort)
             self._transport.close()
 
     def set_bucket(self, bucket: TokenBucket | None) -> None:
@@ -155,15 +163,38 @@ class Link(asyncio.BufferedProtocol):
             self._resume_timer.cancel()
             self._resume_reading()
 
-    def check_stall(self, now: float) -> None:
-        """Drop a client that has not read for too long."""
-        session = self._session
-        if session is None or session.paused_since is None:
+    # -- what the hub sees when it looks for stalled clients ---------------------------------------------
+
+    @property
+    def tcp_descriptor(self) -> int | None:
+        """The socket, if it is one of TCP that tells what the client has acknowledged."""
+        return None if self.tcp_info() is None else int(self._transport.get_extra_info("socket").fileno())
+
+    @property
+    def acknowledged(self) -> int:
+        """Bytes that the client has; 0 if the system does not tell."""
+        info = self.tcp_info()
+        return 0 if info is None else info.acknowledged
+
+    @property
+    def paused_since(self) -> float | None:
+        """When the transport said that it is full; None if it is not."""
+        return None if self._session is None else self._session.paused_since
+
+    def note_next_write(self) -> None:
+        """Nothing waits for the client: the next write is one to be told of, see `write`."""
+        if self._session is not None:
+            self._session.write = self.write
+
+    def stalled(self, seconds: float) -> None:
+        """The client has taken nothing of what waits for it for so long."""
+        session, limits = self._session, self._hub.limits
+        if session is None:
             return
-        timeout = self._hub.write_timeout(session)
-        if timeout and now - session.paused_since > timeout:
+        timeout = limits.mesh_write_timeout if session.can_mesh else limits.write_timeout
+        if timeout and seconds > timeout:
             self._hub.counters.write_timeouts += 1
-            log.info("%s: %s has not read for %.0f s; closing", self._remote, session.key.short(), timeout)
+            log.info("%s: %s has not read for %g s; closing", self._remote, session.key.short(), timeout)
             self.abort()
 
     # -- bytes in ------------------------------------------------------------------------------------------
@@ -203,6 +234,8 @@ class Link(asyncio.BufferedProtocol):
     # -- the login -----------------------------------------------------------------------------------------
 
     def _login(self, end: int) -> int:
+        if self._transport.is_closing():
+            return end
         if end < HEADER_LEN:
             return 0
         kind, length = HEADER.unpack_from(self._hub.read_buffer)
@@ -258,6 +291,14 @@ class Link(asyncio.BufferedProtocol):
         hub.join(session)
         hub.round_trips.follow(self, session.connected_at)
         self.write(handshake.server_info_frame(hub.private_key, key, ServerInfo()))
+
+    def _leave(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            self._hub.paused.discard(self)
+            self._hub.stalls.forget(self)
+            session.write = self.write
+            self._hub.leave(session)
 
     def _login_expired(self) -> None:
         self._login_timer = None

@@ -13,13 +13,15 @@ from typing import Any, Final, NamedTuple
 
 __all__ = ["TCPInfo", "bind", "bind_unix", "tcp_info", "tls_version"]
 
-_TCP_INFO: Final = struct.Struct("=68xI56xQ64xQ")  # linux/tcp.h, struct tcp_info: rtt, bytes_received, bytes_sent
+# linux/tcp.h, struct tcp_info: rtt, bytes_acked, bytes_received, bytes_sent
+_TCP_INFO: Final = struct.Struct("=68xI48xQQ64xQ")
 
 
 class TCPInfo(NamedTuple):
     """What the system knows of a TCP connection."""
 
     round_trip: float  #: seconds, smoothed
+    acknowledged: int  #: bytes that the other side has
     received: int  #: bytes
     sent: int  #: bytes, retransmitted ones too
 
@@ -112,9 +114,9 @@ def tcp_info(transport: asyncio.BaseTransport) -> TCPInfo | None:
     if sock is None or not hasattr(socket, "TCP_INFO"):
         return None
     try:
-        microseconds, received, sent = _TCP_INFO.unpack(
+        microseconds, acknowledged, received, sent = _TCP_INFO.unpack(
             sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
         )
     except (OSError, struct.error):
         return None
-    return TCPInfo(microseconds / 1e6, received, sent)
+    return TCPInfo(microseconds / 1e6, acknowledged, received, sent)

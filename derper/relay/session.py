@@ -15,6 +15,7 @@ The session writes through a `Sink` and reads no clock: `now` is seconds of a mo
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from struct import Struct
@@ -99,6 +100,7 @@ class Session:
         "router",
         "sink",
         "sources",
+        "write",
     )
 
     def __init__(
@@ -116,6 +118,7 @@ class Session:
         self.router = router
         self.counters = router.counters
         self.sink = sink
+        self.write: Callable[[bytes], object] = sink.write  # the sink may put its own writer here, to save a call
         self.key = key
         self.info = info
         self.remote = remote
@@ -304,7 +307,7 @@ class Session:
         if self.paused_since is None:
             if src not in self.sources:
                 self.router.note_source(self, src)
-            self.sink.write(chunk)
+            self.write(chunk)
             counters = self.counters
             counters.packets_sent += count
             counters.bytes_sent += len(chunk) - count * _KEYED
@@ -319,7 +322,7 @@ class Session:
             return
         if self.paused_since is None:
             self.counters.control_frames += 1
-            self.sink.write(frame)
+            self.write(frame)
             return
         self._control.append(frame)
         self._control_size += len(frame)
@@ -405,7 +408,7 @@ class Session:
         if waiting:
             if len(waiting) > 1:
                 self.counters.runs.observe(len(waiting))
-            self.sink.write(b"".join(waiting))
+            self.write(b"".join(waiting))
 
     def close(self) -> None:
         """The connection is gone.  Call it once, after `Router.unregister`."""

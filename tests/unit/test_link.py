@@ -19,7 +19,9 @@ from derper.net.admission import Address, Admission
 from derper.net.doorman import Doorman, Reception
 from derper.net.hub import Hub, MeshKeys, _Wheel
 from derper.net.link import Link
+from derper.net.stalls import Stalls
 from derper.relay.admission import AdmissionPolicy
+from derper.relay.counters import DropReason
 from derper.relay.limits import Limits
 from derper.relay.session import Session
 from derper.wire import frames, handshake
@@ -348,9 +350,11 @@ async def test_a_client_that_does_not_read_costs_nobody_else() -> None:
         assert len(session._queue) == 32
         assert sum(counters.packets_dropped.values()) >= 68
         (link,) = node.hub.paused
-        link.check_stall(session.paused_since + 2.0)
+        look = node.hub.stalls.look
+        assert look([link], session.paused_since + 2.0) == [(link, 2.0)]
+        link.stalled(2.0)
         assert not link._transport.is_closing()
-        link.check_stall(session.paused_since + 2.1)
+        link.stalled(2.1)
         await until(lambda: BOB.public not in node.hub.router.active)
         assert counters.write_timeouts == 1
         assert not node.hub.paused
@@ -387,11 +391,9 @@ async def test_mesh_peers_may_stall_for_longer() -> None:
         node.hub.mesh_keys = MeshKeys(MESH_KEY, (MESH_KEY,))
         await stalled(node, ALICE, ClientInfo(mesh_key=MESH_KEY))
         (link,) = node.hub.links
-        link.pause_writing()
-        session = node.session(ALICE)
-        link.check_stall(session.paused_since + 29.0)
+        link.stalled(29.9)
         assert not link._transport.is_closing()
-        link.check_stall(session.paused_since + 30.1)
+        link.stalled(30.1)
         await until(lambda: not node.hub.links)
 
 
@@ -399,14 +401,11 @@ async def test_no_write_timeout() -> None:
     async with relay(limits=Limits(write_timeout=0.0)) as node:
         await logged_in(node, ALICE)
         (link,) = node.hub.links
-        link.pause_writing()
-        link.check_stall(1e9)
+        link.stalled(1e9)
         assert not link._transport.is_closing()
-        link.resume_writing()
-        assert not node.hub.paused
 
 
-async def test_the_tick_drops_stalled_clients_and_keeps_others_alive() -> None:
+async def test_the_hub_drops_stalled_clients_and_keeps_others_alive() -> None:
     async with relay() as node:
         alice = await logged_in(node, ALICE)
         await logged_in(node, BOB)
@@ -419,8 +418,99 @@ async def test_the_tick_drops_stalled_clients_and_keeps_others_alive() -> None:
             assert hub._timer is not None
             hub._timer.cancel()
             hub._tick()
+        assert hub._look_timer is not None
+        hub._look_timer.cancel()
+        hub._look()
         assert await alice.frame() == (FrameType.KEEP_ALIVE, b"")
         await until(lambda: BOB.public not in hub.router.active)
+
+
+async def test_a_client_with_little_traffic_that_does_not_read_is_noticed() -> None:
+    """Long before so much waits that the transport complains."""
+    async with relay() as node:
+        alice, bob = await logged_in(node, ALICE), await stalled(node, BOB)
+        session, hub, now = node.session(BOB), node.hub, 1000.0
+        (link,) = [link for link in hub.links if link.session is session]
+        while not (found := hub.stalls.look(hub.paused, now)):
+            alice.send(frames.send_packet(BOB.public, bytes(1000)), frames.ping(bytes(8)))
+            assert (await alice.frame())[0] == FrameType.PONG
+            assert session.paused_since is None
+        assert found == [(link, 0.0)]
+        assert hub.stalls.look((), now + 2.5) == [(link, 2.5)]
+        transport: Any = bob.writer.transport
+        transport.resume_reading()
+        await bob.frame()
+        await until(lambda: not hub.stalls.look((), now + 3.0))
+        assert hub.stalls.written == set()
+
+
+async def test_only_the_first_write_after_a_look_is_noted(node: LoopbackRelay) -> None:
+    alice = await logged_in(node, ALICE)
+    (link,) = node.hub.links
+    session, stalls = node.session(ALICE), node.hub.stalls
+    for _ in range(2):
+        assert stalls.look((), 0.0) == []
+        assert (stalls.written, session.write) == (set(), link.write)
+        for _ in range(2):
+            alice.send(frames.ping(bytes(8)))
+            await alice.frame()
+            assert (stalls.written, session.write) == ({link}, link._transport.write)
+
+
+async def test_who_is_closed_is_gone_at_once(node: LoopbackRelay, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all others; the connection itself ends when the client has taken what it was sent, or does not."""
+    monkeypatch.setattr(link_module, "_GOODBYE_SECONDS", 0.05)
+    alice, bob = await logged_in(node, ALICE), await stalled(node, BOB)
+    session = node.session(BOB)
+    (link,) = [link for link in node.hub.links if link.session is session]
+    while session.paused_since is None:
+        alice.send(frames.send_packet(BOB.public, bytes(60_000)), frames.ping(bytes(8)))
+        await alice.frame()
+    link.close()
+    assert BOB.public not in node.hub.router.active
+    assert link in node.hub.links
+    assert link not in node.hub.paused
+    bob.send(frames.send_packet(ALICE.public, b"too late"))
+    link.close()  # once more changes nothing
+    await until(lambda: link not in node.hub.links)
+    link.close()
+    alice.send(frames.ping(b"12345678"))
+    assert await alice.frame() == (FrameType.PONG, b"12345678")
+
+
+async def test_packets_for_a_client_that_is_just_being_dropped_are_counted(node: LoopbackRelay) -> None:
+    await logged_in(node, ALICE)
+    session = node.session(ALICE)
+    (link,) = node.hub.links
+    link.abort()
+    session.deliver(BOB.public, frames.recv_packet(BOB.public, b"too late"), 1, 0.0)
+    await until(lambda: not node.hub.links)
+    counters = node.hub.counters
+    assert (counters.packets_sent, counters.packets_dropped[DropReason.GONE_DISCONNECTED, False]) == (0, 1)
+
+
+class SlowLink:
+    """A link of which bytes wait."""
+
+    tcp_descriptor = None
+
+    def __init__(self) -> None:
+        self.acknowledged = 0
+        self.paused_since = 10.0
+
+
+def test_a_client_that_reads_slowly_has_not_stalled() -> None:
+    stalls, link = Stalls(), SlowLink()
+    waiting: Any = [link]
+    looks = []
+    for second in range(10, 16):
+        looks += [seconds for _, seconds in stalls.look(waiting, float(second))]
+        link.acknowledged += 1024
+    assert looks == [0, 1, 0, 1, 0, 1]
+    assert [seconds for _, seconds in stalls.look(waiting, 20.0)] == [0]
+    assert [seconds for _, seconds in stalls.look(waiting, 29.0)] == [9]
+    stalls.forget(waiting[0])
+    assert stalls.look((), 30.0) == []
 
 
 @pytest.mark.parametrize("jitter", range(6))

@@ -162,7 +162,7 @@ class FakeLink:
         self.round_trip = round_trip
 
     def tcp_info(self) -> TCPInfo | None:
-        return None if self.round_trip is None else TCPInfo(self.round_trip, 0, 0)
+        return None if self.round_trip is None else TCPInfo(self.round_trip, 0, 0, 0)
 
 
 def test_round_trips_are_sampled_every_ten_seconds() -> None:
