@@ -280,13 +280,14 @@ class Relay:
 
     def _accept_limit(self) -> TokenBucket | None:
         """The bucket of new connections; a change of the limit does not fill it."""
-        limits, now = self.state.limits, asyncio.get_running_loop().time()
-        if math.isinf(limits.accept_per_second):
+        rate, burst = self.state.limits.accept_per_second, self.state.limits.accept_burst
+        now = asyncio.get_running_loop().time()
+        if math.isinf(rate) and burst:
             self._accepts = None
         elif self._accepts is None:
-            self._accepts = TokenBucket(limits.accept_per_second, limits.accept_burst, now)
+            self._accepts = TokenBucket(rate, burst, now)
         else:
-            self._accepts.change(limits.accept_per_second, limits.accept_burst, now)
+            self._accepts.change(rate, burst, now)
         return self._accepts
 
     async def _runner(self, app: web.Application) -> Any:

@@ -49,21 +49,25 @@ _ARRIVAL_GRACE: Final = 5.0  # seconds; one that takes longer gives way when the
 _OUT_OF_FILES_PAUSE: Final = 0.5  # seconds
 
 
+_DEFAULT_KEEP_ALIVE: Final = 15.0  # Go's, also for zero (net.KeepAliveConfig)
+
+
 @dataclass(frozen=True, slots=True)
 class SocketOptions:
     """Options of TCP sockets, in seconds (cmd/derper, -tcp-keepalive-time and -tcp-user-timeout)."""
 
-    keep_alive: float = 600.0
-    user_timeout: float = 15.0
-    keep_alive_interval: float = 15.0  #: between probes without an answer (Go's default)
+    keep_alive: float = 600.0  #: negative: none
+    user_timeout: float = 15.0  #: zero: the system's
+    keep_alive_interval: float = _DEFAULT_KEEP_ALIVE  #: between probes without an answer
 
     def apply(self, sock: socket.socket) -> None:
         """Set them, as far as the system knows them."""
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self.keep_alive:
+        if self.keep_alive >= 0:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             if hasattr(socket, "TCP_KEEPIDLE"):
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, math.ceil(self.keep_alive))
+                idle = math.ceil(self.keep_alive or _DEFAULT_KEEP_ALIVE)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, math.ceil(self.keep_alive_interval))
         if self.user_timeout and hasattr(socket, "TCP_USER_TIMEOUT"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self.user_timeout * 1000))

@@ -46,7 +46,7 @@ class TokenBucket:
         self._burst = self._tokens = float(burst)
         self._stamp = now
         #: bytes to read at a time, a fiftieth of a second's worth: many short waits, and never a long one
-        self.slice = max(_SHORTEST_READ, int(rate / 50))
+        self.slice = max(_SHORTEST_READ, int(min(rate, 1e12) / 50))
 
     def take(self, amount: float, now: float) -> float:
         """Take tokens, into debt if need be; seconds to wait until the debt is paid (0.0 if there is none)."""

@@ -42,6 +42,12 @@ class RawClient:
         self.server_key = NodePublic(bytes(32))
         self.host, self.port = writer.get_extra_info("sockname")[:2]
 
+    @property
+    def local(self) -> tuple[str, int]:
+        """Where it connected from."""
+        host, port = self._writer.get_extra_info("sockname")[:2]
+        return str(host), int(port)
+
     def write(self, *data: bytes) -> None:
         """Send bytes; what the relay has closed takes them too."""
         if not self._writer.is_closing():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,9 +32,11 @@ def test_allow() -> None:
 
 def test_a_bucket_without_room_allows_nothing() -> None:
     """As Go's rate.Limiter, whatever the rate."""
-    bucket = TokenBucket(1000, 0, now=0.0)
-    assert not bucket.allow(0.0)
-    assert not bucket.allow(100.0)
+    for rate in (1000, math.inf):
+        bucket = TokenBucket(rate, 0, now=0.0)
+        assert not bucket.allow(0.0)
+        bucket.change(rate, 0, 50.0)
+        assert not bucket.allow(100.0)
 
 
 def test_a_bucket_that_is_not_filled_up() -> None:

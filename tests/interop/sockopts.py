@@ -1,0 +1,44 @@
+"""Options of another process's sockets (Linux): a copy of the descriptor is asked."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+from contextlib import suppress
+
+_PIDFD_GETFD = 438  # the number of the system call on every architecture
+
+OPTIONS = {
+    "keep_alive": (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+    "idle": (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE),
+    "interval": (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL),
+    "count": (socket.IPPROTO_TCP, socket.TCP_KEEPCNT),
+    "user_timeout": (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT),
+    "no_delay": (socket.IPPROTO_TCP, socket.TCP_NODELAY),
+}
+
+
+def options_of(pid: int, peer: tuple[str, int]) -> dict[str, int]:
+    """OPTIONS of the process's TCP socket whose other end is `peer`.  Raises LookupError if it has none."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with suppress(OSError), socket.socket(fileno=_copy(pidfd, int(name))) as sock:
+                if sock.getpeername()[:2] == peer:
+                    return {option: sock.getsockopt(*where) for option, where in OPTIONS.items()}
+    finally:
+        os.close(pidfd)
+    raise LookupError(f"process {pid} has no connection with {peer}")
+
+
+def _copy(pidfd: int, descriptor: int) -> int:
+    """A descriptor of ours for what the other process has open.  Raises OSError if it is no socket."""
+    copy = int(ctypes.CDLL(None, use_errno=True).syscall(_PIDFD_GETFD, pidfd, descriptor, 0))
+    if copy < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    if not os.readlink(f"/proc/self/fd/{copy}").startswith("socket:"):
+        os.close(copy)
+        raise OSError("no socket")
+    return copy
