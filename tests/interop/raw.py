@@ -42,12 +42,6 @@ class RawClient:
         self.server_key = NodePublic(bytes(32))
         self.host, self.port = writer.get_extra_info("sockname")[:2]
 
-    @property
-    def local(self) -> tuple[str, int]:
-        """Where it connected from."""
-        host, port = self._writer.get_extra_info("sockname")[:2]
-        return str(host), int(port)
-
     def write(self, *data: bytes) -> None:
         """Send bytes; what the relay has closed takes them too."""
         if not self._writer.is_closing():
@@ -114,6 +108,10 @@ class RawClient:
             if frame[0] == kind and frame[1].startswith(start):
                 return frame[1]
         raise AssertionError(f"the connection ended before a frame of type {kind:#x}")
+
+    def stop_reading(self) -> None:
+        """From now on the buffers fill up."""
+        self._writer.transport.pause_reading()  # type: ignore[attr-defined]  # typeshed: a ReadTransport's method
 
     def abort(self) -> None:
         """End the connection without a word."""
