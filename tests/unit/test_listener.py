@@ -166,7 +166,7 @@ async def test_socket_options() -> None:
             accepted.append(transport.get_extra_info("socket"))
 
     listener = Listener.listen("127.0.0.1", 0, lambda _: Keep(), choose=None, options=SocketOptions(600.0, 15.0))
-    plain = Listener.listen("127.0.0.1", 0, lambda _: Keep(), choose=None, options=SocketOptions(0.0, 0.0))
+    plain = Listener.listen("127.0.0.1", 0, lambda _: Keep(), choose=None, options=SocketOptions(-1.0, 0.0))
     writers = []
     for one in (listener, plain):
         _, writer = await asyncio.open_connection("127.0.0.1", one.port)
@@ -177,6 +177,9 @@ async def test_socket_options() -> None:
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == keep_alive
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == timeout
     assert accepted[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 600
+    with socket.socket() as sock:
+        SocketOptions(keep_alive=0.0).apply(sock)  # Go's default
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 15
     for writer in writers:
         writer.close()
         await writer.wait_closed()
