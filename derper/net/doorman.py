@@ -44,6 +44,8 @@ _HOP_BY_HOP: Final = {"connection", "content-length", "expect", "host", "transfe
 class HTTPHandler(Protocol):
     """aiohttp's protocol for one connection."""
 
+    target: str  #: of the present request, as it was sent
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
     def connection_lost(self, exc: Exception | None) -> None: ...
     def data_received(self, data: bytes) -> None: ...
@@ -220,6 +222,7 @@ class Doorman(asyncio.Protocol):
             self._http.connection_made(self._transport)
         if self._body != 0:
             self._start_timer()
+        self._http.target = head.target
         self._http.data_received(_for_http(head, self._body, is_last=self._is_last))
         return self._pass_on(rest)
 

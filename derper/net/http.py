@@ -15,7 +15,7 @@ from ..relay.counters import Counters
 from ..relay.session import Remote
 from .bootstrap_dns import BootstrapDNS
 from .debug import Debug
-from .mux import BROWSER_HEADERS, Handler, Mux, client_of, error, redirect
+from .mux import BROWSER_HEADERS, Handler, Mux, client_of, error, redirect, target_of
 from .sockets import tls_version
 
 __all__ = ["Site", "connections", "public_app", "redirect_app"]
@@ -92,10 +92,11 @@ def connections(server: web.Server, keep_alive: float) -> Callable[[Remote, Call
 class Connection(web.RequestHandler):
     """One connection, which may be given to another protocol between two requests."""
 
-    __slots__ = ("answered", "remote")
+    __slots__ = ("answered", "remote", "target")
 
     answered: Callable[[], None]
     remote: Remote
+    target: str
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
@@ -167,15 +168,14 @@ async def bootstrap(names: BootstrapDNS, request: web.Request) -> web.StreamResp
 
 async def to_https(request: web.Request, main: Mux, debug: Debug | None) -> web.StreamResponse:
     """The same page, with TLS (tsweb.Port80Handler)."""
-    path = request.raw_path
+    path = target_of(request)
     if path.startswith("/debug"):
         return await main(request)
     if request.method not in ("GET", "HEAD"):
         return error(400, "Use HTTPS")
     if path == "/" and debug is not None and debug.access.allows(request):
         path = "/debug/"
-    host = re.sub(r"[^A-Za-z0-9.:\[\]_-]", "", request.headers.get("Host", ""))
-    return redirect(request, 302, f"https://{host}{path}")
+    return redirect(request, 302, f"https://{request.headers.get('Host', '')}{path}")
 
 
 def _home(home: str) -> Handler:

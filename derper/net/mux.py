@@ -12,7 +12,7 @@ from aiohttp import web
 
 from ..relay.session import Remote
 
-__all__ = ["BROWSER_HEADERS", "Handler", "Mux", "client_of", "error", "not_found", "redirect"]
+__all__ = ["BROWSER_HEADERS", "Handler", "Mux", "client_of", "error", "not_found", "redirect", "target_of"]
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -53,6 +53,14 @@ def client_of(request: web.Request) -> IPv4Address | IPv6Address | None:
     """Who asks: the client that a PROXY header named, else the other side of the connection."""
     remote = getattr(request.protocol, "remote", None)
     return remote.ip if isinstance(remote, Remote) else None
+
+
+def target_of(request: web.Request) -> str:
+    """Path and query, as they were sent; of ``http://host/path`` only these."""
+    target = getattr(request.protocol, "target", "")
+    if not isinstance(target, str) or not target.startswith("/"):
+        return request.raw_path
+    return "".join(char if char.isascii() else f"%{ord(char):02x}" for char in target)
 
 
 def error(status: int, text: str) -> web.Response:

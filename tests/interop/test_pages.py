@@ -53,6 +53,11 @@ REQUESTS = {
     "varz, refused": request("GET", "/debug/varz", FORWARDED),
     "varz, refused, HEAD": request("HEAD", "/debug/varz", FORWARDED),
     "gc, refused": request("GET", "/debug/gc", FORWARDED),
+    "home, empty query": request("GET", "/?"),
+    "escapes that are none of Go's": request("GET", '/a"b<c>|{d}^`e\\f#g'),
+    "another escape": request("GET", "/a%2Fb%20c?d=%zz;e"),
+    "no ASCII": request("HEAD", "/a\xe4b"),
+    "a strange host": request("GET", "/x").replace(b"relay.example", b"a'b&c;(d)*,%41:77"),
     "CONNECT": request("CONNECT", "example.com:443"),
     "CONNECT to a page": request("CONNECT", "/derp/probe"),
 }
@@ -83,6 +88,17 @@ async def test_on_the_http_port(both: Both) -> None:
 async def test_without_tls(both: Both) -> None:
     """Behind a proxy that does TLS."""
     await same(both, port=HTTP_PORT, tls=False)
+
+
+@both_ports
+async def test_a_whole_url_on_the_http_port(both: Both) -> None:
+    """Stock derper puts its own address in front of the URL."""
+    data = request("GET", "http://relay.example/x?y")
+    answers = [await ask(relay, data, port=HTTP_PORT, tls=False) for relay in (both.stock, both.ours)]
+    assert [answer.header("location") for answer in answers] == [
+        "https://relay.examplehttp://relay.example/x?y",
+        "https://relay.example/x?y",
+    ]
 
 
 @pytest.mark.parametrize("both", [RelayOptions(flags=("-home=https://example.com/?a=b&c",))], indirect=True)

@@ -130,6 +130,8 @@ class Wire(asyncio.Transport):
 class HTTPSink(asyncio.Protocol):
     """In place of aiohttp: keeps what it is given."""
 
+    target = ""
+
     def __init__(self) -> None:
         self.got = bytearray()
 
