@@ -45,11 +45,22 @@ _COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; the exit status is 0, 1 for a failure, or 2 for a wrong command line."""
     rest = list(sys.argv[1:] if arguments is None else arguments)
-    command = _COMMANDS.get(rest[0]) if rest else None
     try:
-        return _relay(rest) if command is None else command(rest[1:])
+        status = _run(rest)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever reads has seen enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
+
+
+def _run(words: list[str]) -> int:
+    command = _COMMANDS.get(words[0]) if words else None
+    if command is None:
+        return _relay(words)
+    return command(["--help" if word == "-help" else word for word in words[1:]])  # as for the relay
 
 
 def _relay(arguments: list[str]) -> int:

@@ -189,7 +189,7 @@ async def dial_region(region: DERPRegion, private_key: NodePrivate, options: Opt
         except DialError as error:
             first_error = first_error or error
             continue
-        ideal = "" if node is candidates[0] else candidates[0].name
+        ideal = "" if node is region.nodes[0] else region.nodes[0].name  # also one that does not relay, as stock's
         return await _upgrade(connection, endpoint_of(node), private_key, chosen, ideal)
     assert first_error is not None
     raise first_error

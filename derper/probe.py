@@ -75,7 +75,7 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="derper probe", description="Check every node of a DERP map and its mesh.")
     map_source.add_options(parser)
     parser.add_argument(
-        "--mesh-key-file",
+        *("--mesh-psk-file", "--mesh-key-file"),
         type=Path,
         metavar="FILE",
         help="prove the mesh key, for regions that admit only known clients",
@@ -86,7 +86,7 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
 
 async def _run(options: argparse.Namespace) -> int:
     regions = map_source.regions_of(await map_source.read_map(options), options)
-    reports = await probe_map(regions, map_source.read_mesh_key(options.mesh_key_file))
+    reports = await probe_map(regions, map_source.read_mesh_key(options.mesh_psk_file))
     if options.json:
         print(json.dumps([_as_json(report) for report in reports], indent=2))
     else:

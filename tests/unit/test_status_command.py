@@ -7,6 +7,8 @@ import json
 import os
 import re
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from aiohttp import web
 from derper import cli, health, status_command
 from derper.text import bytes_of, duration
 
-from .loopback import free_port, private
+from .loopback import PATIENCE, free_port, private
 from .test_health import HOST, dial, relay_in, running
 
 
@@ -162,6 +164,33 @@ async def test_another_server(status: int, body: str, error: str, capsys: pytest
     assert await run("--address", f"{HOST}:{port}", "--clients") == 2
     await runner.cleanup()
     assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["-help"], ["status", "--help"]])
+def test_a_reader_that_has_seen_enough(arguments: list[str]) -> None:
+    """As with `derper -help | head`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    derper = subprocess.run(
+        [sys.executable, "-m", "derper", *arguments],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        timeout=PATIENCE,
+        check=False,
+    )
+    os.close(writing)
+    assert derper.stderr == b""
+
+
+def test_the_commands_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["-help"]) == 0
+    text = capsys.readouterr().out
+    for name in ("status", "probe", "prune", "region"):
+        assert f"derper {name} [options]" in text
+        with pytest.raises(SystemExit) as ended:
+            cli.main([name, "-help"])
+        assert ended.value.code == 0
+        assert f"usage: derper {name}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0s"), (59.9, "59s"), (3600, "1h"), (93784, "1d 2h"), (61, "1m 1s")])
