@@ -92,7 +92,8 @@ class Health:
         return web.Response(status=503 if reasons else 200, text="\n".join((reasons or ["ok"]) + problems) + "\n")
 
     async def _metrics(self, _request: web.Request) -> web.Response:
-        return web.Response(text=metrics.text(self._relay), content_type="text/plain", charset="utf-8")
+        kind = "text/plain; version=0.0.4; charset=utf-8"  # of Prometheus' text format
+        return web.Response(text=metrics.text(self._relay), headers={"Content-Type": kind})
 
     async def _status(self, request: web.Request) -> web.StreamResponse:
         if request.query.get("clients") != "1":

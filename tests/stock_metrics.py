@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Final, NamedTuple
 
-__all__ = ["GO_ONLY", "STOCK", "Family", "families"]
+__all__ = ["GO_ONLY", "STOCK", "STOCK_LIMITS", "Family", "families"]
 
 
 class Family(NamedTuple):
@@ -89,6 +89,14 @@ STOCK: Final = {
     "uptime_sec": Family("counter"),
     "version": Family("untyped", ("version", "binary")),
 }
+
+STOCK_LIMITS: Final = {
+    "derp_rate_limit_per_client_burst_bytes": Family("untyped"),
+    "derp_rate_limit_per_client_bytes_per_second": Family("untyped"),
+    "derp_rate_limit_per_client_waited": Family("counter"),
+}
+"""With -rate-config."""
+
 _FAMILY_OF: Final = re.compile(r"(.+)_(?:bucket|sum|count)")
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 import ssl
+from pathlib import Path
 
 import aiohttp
 import pytest
 
-from ..stock_metrics import GO_ONLY, STOCK, families
-from .conftest import Both
+from ..stock_metrics import GO_ONLY, STOCK, STOCK_LIMITS, families
+from .conftest import Both, Relays
 from .peers import GoClients
 from .processes import HANG
 from .relays import Relay, RelayOptions, derp_map
@@ -96,9 +98,9 @@ async def test_names_types_and_labels(both: Both) -> None:
     assert {name for name in ours if not name.startswith("derper_")} - {"python_version"} == {
         name for name in wanted if not name.startswith("derper_")
     }
-    rates_and_samples = {name for name in STOCK if name.startswith("derp_rate_limit_")} | {"derp_tcp_rtt"}
-    assert {name: family for name, family in wanted.items() if name not in rates_and_samples} == {
-        name: family for name, family in STOCK.items() if name not in rates_and_samples
+    later = "derp_tcp_rtt"  # its labels come with the first sample
+    assert {name: family for name, family in wanted.items() if name != later} == {
+        name: family for name, family in STOCK.items() if name != later
     }
 
 
@@ -108,6 +110,46 @@ async def test_labels_that_are_there_from_the_start(both: Both) -> None:
     wanted = {name for name in stock if "{" in name and not GO_ONLY.match(name) and not name.startswith("version")}
     assert wanted >= {'stun_requests{disposition="read_error"}', 'derp_bytes_dropped{reason="queue_tail",kind="disco"}'}
     assert ours.keys() >= wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "rate", "burst"),
+    [
+        ('{"PerClientRateLimitBytesPerSec": 250000, "PerClientRateBurstBytes": 500000}', 250000, 500000),
+        ('{"PerClientRateLimitBytesPerSec": 250000}', 250000, 65568),
+        ('{"PerClientRateBurstBytes": 500000}', 0, 0),
+    ],
+)
+async def test_rate_limits(
+    make: str, relays: Relays, clients: GoClients, tmp_path: Path, text: str, rate: int, burst: int
+) -> None:
+    """Only with -rate-config; the limits in force, and how often a client had to wait."""
+    path = tmp_path / "rate.json"
+    path.write_text(text)
+    relay = await relays.start(relays.make(make, RelayOptions(flags=(f"-rate-config={path}",))))
+    region = {"map": derp_map([relay.node("900a")]), "region": 900}
+    a, b = [await clients.dial(**region) for _ in range(2)]
+    await a.send(b.key, bytes(60_000), count=10)
+    for _ in range(10):
+        await b.receive()
+    found = await varz(relay)
+    names = [f"derp_rate_limit_per_client_{name}" for name in ("burst_bytes", "bytes_per_second", "waited")]
+    kinds = families(found)
+    assert [kinds[name] for name in names] == [STOCK_LIMITS[name] for name in names]
+    numbers = samples(found)
+    assert [numbers[name] for name in names[:2]] == [burst, rate]
+    assert (numbers[names[2]] > 0) == (rate > 0)
+
+
+async def test_round_trip_times(make: str, relays: Relays, clients: GoClients) -> None:
+    """A sample of each client every ten seconds."""
+    relay = await relays.start(relays.make(make))
+    await clients.dial(map=derp_map([relay.node("900a")]), region=900)
+    name = 'derp_tcp_rtt{le="10ms"}'
+    async with asyncio.timeout(HANG):
+        while name not in (found := samples(await varz(relay))):  # noqa: ASYNC110 -- for what no event tells
+            await asyncio.sleep(0.2)
+    assert found[name] == 1
 
 
 async def test_text_form(both: Both) -> None:

@@ -358,3 +358,30 @@ def test_the_command(arguments: list[str], status: int, out: str, err: str, caps
     assert printed.out.startswith(out)
     assert printed.err.startswith(err)
     assert "Traceback" not in printed.err
+
+
+def test_what_stock_derper_reads_from_its_environment() -> None:
+    config = parse(*MANUAL)
+    assert (config.debug_key_path, config.debug_ip, config.debug_networks, config.round_trips) == ("", "", (), True)
+    config = parse(
+        *MANUAL,
+        TS_DEBUG_KEY_PATH="/k",
+        TS_ALLOW_DEBUG_IP="192.0.2.1",
+        TS_DEBUG_TRUSTED_CIDRS="10.0.0.0/8, 2001:db8::/32,",
+        TS_DERP_DISABLE_RTT_STATS="true",
+    )
+    assert (config.debug_key_path, config.debug_ip, config.round_trips) == ("/k", "192.0.2.1", False)
+    assert config.debug_networks == (ip_network("10.0.0.0/8"), ip_network("2001:db8::/32"))
+    assert parse(*MANUAL, TS_DERP_DISABLE_RTT_STATS="0").round_trips
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("TS_DEBUG_TRUSTED_CIDRS", "10.0.0.0/8,x", "must be IP addresses or networks such as 198.51.100.0/24"),
+        ("TS_DERP_DISABLE_RTT_STATS", "perhaps", "must be true or false, not 'perhaps'"),
+    ],
+)
+def test_an_environment_that_cannot_be_used(name: str, text: str, words: str) -> None:
+    with pytest.raises(UsageError, match=f"^the environment variable {name} {words}"):
+        parse(*MANUAL, **{name: text})
