@@ -384,4 +384,4 @@ def test_what_stock_derper_reads_from_its_environment() -> None:
 )
 def test_an_environment_that_cannot_be_used(name: str, text: str, words: str) -> None:
     with pytest.raises(UsageError, match=f"^the environment variable {name} {words}"):
-        parse(*MANUAL, **{name: text})
+        parse_flags(MANUAL, {"HOME": "/home/x", name: text}, is_root=False)
