@@ -20,7 +20,7 @@ import pytest
 from .conftest import Relays
 from .gobuild import Peers
 from .peers import GoClients
-from .pki import Authority
+from .pki import Authority, self_signed
 from .processes import HANG, Child, Event
 from .region import Region
 from .relays import Relay, RelayOptions, accepts, derp_map, free_port
@@ -185,11 +185,23 @@ async def test_every_probe_is_good_on_a_mix(green: Callable[[Sequence[str]], Awa
     await green(["ours", "stock", "ours"])
 
 
-@pytest.mark.parametrize("with_key", [False, True], ids=["anybody", "mesh key"])
-async def test_a_pinned_region(
-    peers: Peers, relays: Relays, addresses: Iterator[str], tmp_path: Path, with_key: bool
-) -> None:
-    """As the operator makes them: self-signed, pinned, with a settings file.  Without the TLS probe."""
+async def probed_once(binary: Path, map_file: Path, *flags: str) -> tuple[int | None, set[str], str]:
+    """`derpprobe -once` without the TLS probe: its exit status, the probes that are good, and all that it says."""
+    argv = [str(binary), "-once", "-spread=false", f"-derp-map=file://{map_file}", "-tls-interval=0", *flags]
+    process = await asyncio.create_subprocess_exec(
+        *argv,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    async with asyncio.timeout(2 * HANG):
+        output = (await process.communicate())[0].decode()
+    good = {line.partition("good: ")[2].partition(":")[0] for line in output.splitlines() if "good: " in line}
+    return process.returncode, good, output
+
+
+async def test_a_pinned_region(peers: Peers, relays: Relays, addresses: Iterator[str], tmp_path: Path) -> None:
+    """As the operator makes them: self-signed, pinned, with a settings file."""
     region = Region(addresses, tmp_path / "region", 3)
     for node in region.nodes:
         await relays.start(node)
@@ -197,18 +209,23 @@ async def test_a_pinned_region(
         await node.until(lambda status: all(link["connected"] for link in status["mesh"].values()))
     nodes = [node.node(name, IPv6="") for node, name in zip(region.nodes, NAMES, strict=True)]
     (tmp_path / "map.json").write_text(json.dumps(derp_map(nodes)))
-    argv = [peers.derpprobe, "-once", "-spread=false", f"-derp-map=file://{tmp_path / 'map.json'}", "-tls-interval=0"]
-    if with_key:
-        argv.append(f"-mesh-psk-file={region.nodes[0].workdir / 'mesh.key'}")
-    process = await asyncio.create_subprocess_exec(
-        *map(str, argv),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    async with asyncio.timeout(2 * HANG):
-        output, _ = await process.communicate()
-    assert process.returncode == 0, output.decode()
-    good = {line.partition("good: ")[2].partition(":")[0] for line in output.decode().splitlines() if "good: " in line}
+    status, good, output = await probed_once(peers.derpprobe, tmp_path / "map.json")
+    assert status == 0, output
     crossed = {f"derp/r900/{start}/{end}/mesh" for start, end in PAIRS}
     assert good >= crossed | {f"derp/r900/{name}/udp" for name in NAMES}
+
+
+async def test_the_mesh_key_is_admission(make: str, peers: Peers, relays: Relays, tmp_path: Path) -> None:
+    """Where only known clients come in, the prober does with the mesh key, and does not without."""
+    flags = ("-verify-client-url=http://127.0.0.1:1/verify", "-verify-client-url-fail-open=false")
+    options = RelayOptions(
+        certificate=self_signed("node.test"), host_name="node.test", mesh_key=secrets.token_hex(32), flags=flags
+    )
+    relay = await relays.start(relays.make(make, options))
+    (tmp_path / "map.json").write_text(json.dumps(derp_map([relay.node("900a", IPv6="")])))
+    key = f"-mesh-psk-file={relay.workdir / 'mesh.key'}"
+    status, good, output = await probed_once(peers.derpprobe, tmp_path / "map.json", key)
+    assert status == 0, output
+    assert "derp/r900/900a/900a/mesh" in good
+    status, good, _ = await probed_once(peers.derpprobe, tmp_path / "map.json")
+    assert (status, good) == (1, {"derp/r900/900a/udp", "derpmap-probe"})

@@ -6,9 +6,11 @@ import asyncio
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -164,6 +166,25 @@ async def test_another_server(status: int, body: str, error: str, capsys: pytest
     assert await run("--address", f"{HOST}:{port}", "--clients") == 2
     await runner.cleanup()
     assert error in capsys.readouterr().err
+
+
+def test_as_processes(tmp_path: Path) -> None:
+    """A relay that was killed leaves its socket; the next one takes its place, and takes it along when it ends."""
+    path = tmp_path / "s"
+    flags = [f"-a={HOST}:0", "-http-port=-1", "-stun=false", f"-c={tmp_path / 'key'}", "-certmode=manual"]
+    flags += [f"-certdir={tmp_path}", f"-hostname={HOST}", f"-status-socket={path}"]
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        relay = subprocess.Popen([sys.executable, "-m", "derper", *flags], stderr=subprocess.DEVNULL)
+        end = time.monotonic() + PATIENCE
+        try:
+            while cli.main(["status", "--socket", str(path)]):
+                assert relay.poll() is None
+                assert time.monotonic() < end
+                time.sleep(0.05)
+        finally:
+            relay.send_signal(number)
+            relay.wait(PATIENCE)
+        assert path.exists() == (number == signal.SIGKILL)
 
 
 @pytest.mark.parametrize("arguments", [["-help"], ["status", "--help"]])
