@@ -6,14 +6,14 @@ import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from ipaddress import ip_address
 from typing import Any, Final
 
 from . import goflag
+from .relay import proxies
+from .relay.proxies import Network
 
 __all__ = ["FLAGS", "Flag", "MeshHost", "Network", "Value", "networks", "usage"]
-
-Network = IPv4Network | IPv6Network
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +114,11 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def networks(text: str) -> tuple[Network, ...]:
+    """Addresses and networks, separated by commas.  Raises ValueError with a noun for what they should be."""
     try:
-        return tuple(ip_network(word) for word in _words(text))
-    except ValueError:
-        raise ValueError("IP addresses or networks such as 198.51.100.0/24, separated by commas") from None
+        return proxies.networks(_words(text))
+    except ValueError as error:
+        raise ValueError(f"{error}, separated by commas") from None
 
 
 def _mesh_with(text: str) -> tuple[MeshHost, ...]:

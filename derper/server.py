@@ -91,6 +91,7 @@ class Relay:
         self._timings = timings
         self.admission = Admission(self.state.policy())
         self._http_listener: Listener | None = None
+        self._fronts: list[Listener | Reception] = []
         self._served_pairs: tuple[CertificatePair, ...] = ()
         self._runners: list[web.AppRunner] = []
         self._health: Health | None = None
@@ -209,6 +210,8 @@ class Relay:
             self.tls.load(self.state.pairs, utc_now())
             self._served_pairs = self.state.pairs
         self.mesh.set_peers(self.state.peers() if self.state.mesh_keys is not None else {})
+        for part in self._fronts:
+            part.proxies = self.state.proxies()
         if self.listener is not None:
             self.listener.limit = self._accept_limit()
 
@@ -251,9 +254,12 @@ class Relay:
         """Listen for those who go to `reception`.  Raises `StartError`; `flag` is what can choose another port."""
         host, choose = self.config.listen_host, self.tls.choose if tls and self.tls is not None else None
         try:
-            return Listener.listen(host, port, partial(Doorman, reception), choose=choose, options=self._options)
+            listener = Listener.listen(host, port, partial(Doorman, reception), choose=choose, options=self._options)
         except OSError as error:
             raise StartError(_cannot_listen("TCP", host, port, error, flag)) from None
+        listener.proxies = reception.proxies = self.state.proxies()
+        self._fronts += listener, reception
+        return listener
 
     async def _serve_health(self) -> None:
         config, self._health = self.config, Health(self)

@@ -8,7 +8,8 @@ One JSON object, see `docs/architecture.md`::
                             "certificates": ["/etc/derper/secret/berlin-0.g1"]}},
      "admission": {"open": true, "urls": [], "keyFiles": [], "tailscaled": null, "failOpen": false,
                    "cache": {"freshSeconds": 30, "staleSeconds": 3600}},
-     "limits": {"acceptPerSecond": 0, "acceptBurst": 0, "clientBytesPerSecond": 0, "clientBurstBytes": 0}}
+     "limits": {"acceptPerSecond": 0, "acceptBurst": 0, "clientBytesPerSecond": 0, "clientBurstBytes": 0},
+     "proxies": {"trusted": ["198.51.100.0/24"], "protocol": false}}
 
 A certificate is named by its path without ``.crt`` and ``.key``.  Every node but oneself is a mesh peer.
 A ``keyFile`` is one more of the ``keyFiles``; ``tailscaled`` is the path of a socket.  A limit of 0 is none.
@@ -26,6 +27,7 @@ from typing import Any, Final, TypeVar
 
 from .relay.admission import CacheTimes
 from .relay.limits import Limits
+from .relay.proxies import Proxies, networks
 from .wire.keys import KeyFormatError, NodePublic
 
 __all__ = ["AdmissionSettings", "NodeSettings", "Settings", "SettingsError", "parse_settings"]
@@ -69,6 +71,7 @@ class Settings:
     nodes: Mapping[str, NodeSettings] = field(default_factory=dict)
     admission: AdmissionSettings = field(default_factory=AdmissionSettings)
     limits: Limits = field(default_factory=Limits)
+    proxies: Proxies | None = None  #: None: as the flags say
     digest: str = ""
 
 
@@ -88,6 +91,7 @@ def parse_settings(data: bytes) -> Settings:
         nodes={name: _node(_Object(value, f"nodes.{name}")) for name, value in nodes.items()},
         admission=_admission(top.child("admission")),
         limits=_limits(top.child("limits")),
+        proxies=_proxies(top.child("proxies")) if top.has("proxies") else None,
         digest=hashlib.sha256(data).hexdigest(),
     )
 
@@ -108,6 +112,9 @@ class _Object:
         if type(value) is not kind:
             raise SettingsError(f"{self._where}.{key} must be {_KINDS[kind]}")
         return value
+
+    def has(self, key: str) -> bool:
+        return self._value.get(key) is not None
 
     def strings(self, key: str) -> tuple[str, ...]:
         value = self._value.get(key) or []
@@ -175,3 +182,16 @@ def _limits(limits: _Object) -> Limits:
         accept_per_second=limits.number("acceptPerSecond") or math.inf,
         accept_burst=max(int(limits.number("acceptBurst")), 1),
     )
+
+
+def _proxies(proxies: _Object) -> Proxies:
+    try:
+        trusted = networks(proxies.strings("trusted"))
+    except SettingsError:
+        raise
+    except ValueError as error:
+        raise SettingsError(f"{proxies._where}.trusted must be a list of {error}") from None
+    protocol = proxies.get("protocol", bool, False)
+    if protocol and not trusted:
+        raise SettingsError(f"{proxies._where}.protocol needs proxies.trusted: anybody else could claim any address")
+    return Proxies(trusted, protocol)

@@ -25,6 +25,7 @@ from .net.tailscaled import default_socket
 from .net.tls import check_usable
 from .relay.admission import AdmissionPolicy, KeyListError, parse_key_list
 from .relay.limits import Limits, RateConfigError, parse_rate_config
+from .relay.proxies import Proxies
 from .settings import Settings, parse_settings
 from .wire.keys import NodePrivate
 
@@ -127,6 +128,12 @@ class RelayState:
             for name, node in self.settings.nodes.items()
             if name != self.config.node
         }
+
+    def proxies(self) -> Proxies:
+        """Whose word on a client's address is believed."""
+        if self.settings is not None and self.settings.proxies is not None:
+            return self.settings.proxies
+        return Proxies(self.config.trusted_proxies, self.config.proxy_protocol)
 
     def policy(self) -> AdmissionPolicy:
         """Who is admitted."""

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
-from ipaddress import ip_address
 from typing import Final, Protocol, cast
 from urllib.parse import quote
 
 from websockets.frames import CloseCode
 
+from ..relay.proxies import Proxies, remote_from
 from ..relay.session import Remote
 from ..wire.frames import PROTOCOL_VERSION
 from ..wire.head import Head, HeadError, HeadReader
@@ -64,6 +64,7 @@ class Reception:
         [Remote, Callable[[], None]], HTTPHandler
     ]  #: for a client's connection; calls back after each answer
     serve_derp: bool = True  #: false: ``/derp`` answers 404, as ``--derp=false``
+    proxies: Proxies = field(default_factory=Proxies)  #: may be replaced at any time
 
 
 class Doorman(asyncio.Protocol):
@@ -205,7 +206,8 @@ class Doorman(asyncio.Protocol):
             socket.data_received(early)
 
     def _link(self, head: Head) -> Link:
-        return Link(self._reception.hub, self._client(), not_ideal=bool(head.first("ideal-node")))
+        remote = self._reception.proxies.client(self._client(), head.all("x-forwarded-for"))
+        return Link(self._reception.hub, remote, not_ideal=bool(head.first("ideal-node")))
 
     def _client(self) -> Remote:
         return self._remote or remote_of(self._transport)
@@ -301,7 +303,4 @@ def remote_of(transport: asyncio.BaseTransport) -> Remote:
     peer = transport.get_extra_info("peername")
     if not isinstance(peer, tuple):
         return Remote(None, 0)
-    address = ip_address(str(peer[0]).partition("%")[0])
-    if address.version == 6 and address.ipv4_mapped is not None:
-        address = address.ipv4_mapped
-    return Remote(address, int(peer[1]))
+    return remote_from(peer)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from ..relay.limits import TokenBucket
+from ..relay.proxies import Proxies, remote_from
 from ..relay.session import Remote
 from ..wire import clienthello
 from ..wire import proxy as proxy_header
@@ -29,7 +30,6 @@ from ..wire.errors import ProtocolError
 from ..wire.proxy import ProxyHeader
 from .doorman import HEAD_SECONDS
 from .peek import Peek
-from .proxy import Proxies, remote_from
 from .sockets import bind
 
 __all__ = ["Listener", "SocketOptions"]

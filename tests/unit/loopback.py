@@ -123,8 +123,11 @@ class RawClient:
 class LoopbackRelay:
     """Hub, listener, and what they need."""
 
-    def __init__(self, hub: Hub, listener: Listener, tls: ServerTLS, problems: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, hub: Hub, listener: Listener, reception: Reception, tls: ServerTLS, problems: list[dict[str, Any]]
+    ) -> None:
         self.hub = hub
+        self.reception = reception
         self.listener = listener
         self.tls = tls
         self.problems = problems
@@ -180,7 +183,7 @@ async def relay(
     reception = Reception(hub, connections(runner.server, 30.0), serve_derp=serve_derp)
     choose = server_tls.choose if tls else None
     listener = Listener.listen("127.0.0.1", 0, partial(Doorman, reception), choose=choose, options=SocketOptions())
-    running = LoopbackRelay(hub, listener, server_tls, problems)
+    running = LoopbackRelay(hub, listener, reception, server_tls, problems)
     try:
         yield running
         for client in running.raw_clients:

@@ -16,7 +16,7 @@ import pytest
 from derper.net import listener as listener_module
 from derper.net import peek as peek_module
 from derper.net.peek import Peek
-from derper.net.proxy import Proxies
+from derper.relay.proxies import Proxies
 from derper.relay.session import Remote
 from derper.wire import handshake
 from derper.wire.handshake import ClientInfo
@@ -198,11 +198,11 @@ async def test_half_a_hello_is_dropped_in_time(node: LoopbackRelay, monkeypatch:
 # -- proxies
 
 
-async def remote_of_client(node: LoopbackRelay, first: bytes) -> Remote:
+async def remote_of_client(node: LoopbackRelay, first: bytes, request: bytes = FAST) -> Remote:
     """Log in behind `first`, and see where the relay thinks that the client is."""
     client = await node.connect()
     key = private(1)
-    client.send(first, FAST, handshake.client_info_frame(key, node.public_key, ClientInfo()))
+    client.send(first, request, handshake.client_info_frame(key, node.public_key, ClientInfo()))
     await client.frame()
     await client.frame()
     remote: Remote = node.session(key).remote
@@ -260,3 +260,17 @@ async def test_a_proxy_that_is_not_set_up(data: bytes, why: str, caplog: pytest.
             assert await client.rest() == b""
         assert [record.getMessage() for record in caplog.records] == [f"127.0.0.1 is a trusted proxy, but {why}"]
         assert (node.listener.proxy_errors, node.listener.tls_errors) == (1, 0)
+
+
+FORWARDED = FAST[:-2] + b"X-Forwarded-For: 198.51.100.1\r\nx-forwarded-for: 192.0.2.8, 127.0.0.9\r\n\r\n"
+
+
+async def test_what_a_proxy_forwards() -> None:
+    """It is believed of trusted proxies only, and behind the header of the PROXY protocol too."""
+    async with relay() as node:
+        assert (await remote_of_client(node, b"", FORWARDED)).ip == ip_address("127.0.0.1")
+        node.reception.proxies = Proxies(LOOPBACK)
+        assert (await remote_of_client(node, b"", FORWARDED)) == Remote(ip_address("192.0.2.8"), 0)
+        node.listener.proxies = node.reception.proxies = Proxies(LOOPBACK, protocol=True)
+        assert await remote_of_client(node, FROM_CLIENT, FORWARDED) == CLIENT
+        assert (await remote_of_client(node, SIGNATURE + b"\x20\0\0\0", FORWARDED)).ip == ip_address("192.0.2.8")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from derper.net.proxy import Proxies, remote_from
+from derper.relay.proxies import Proxies, remote_from
 from derper.relay.session import Remote
 from derper.wire import proxy
 from derper.wire.errors import ProtocolError

@@ -28,6 +28,7 @@ from derper.net.hub import MeshKeys
 from derper.net.link import Link
 from derper.net.listener import Listener
 from derper.net.mesh import Mesh
+from derper.relay.proxies import Proxies, networks
 from derper.server import Relay, StartError, Timings
 from derper.wire import stun
 from derper.wire.client import PeerGone, ReceivedPacket, Restarting
@@ -550,6 +551,31 @@ async def test_without_tls(tmp_path: Path) -> None:
         assert relay.hub is not None
         await client.login(ALICE, relay.hub.private_key.public)
         await client.close()
+
+
+async def test_proxies_by_flags(tmp_path: Path) -> None:
+    flags = ("-a", "127.0.0.1:0", "-trusted-proxies", "127.0.0.0/8", "-proxy-protocol")
+    relay = await by_flags(tmp_path, *flags)
+    async with running(relay):
+        assert relay.listener is not None
+        assert relay.hub is not None
+        client = RawClient(*await asyncio.open_connection("127.0.0.1", relay.listener.port))
+        client.send(b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c", bytes((192, 0, 2, 7)), bytes(4), b"\x16\x2e\x01\xbb")
+        await client.login(ALICE, relay.hub.private_key.public)
+        (session,) = relay.hub.router.active.values()
+        assert str(session.remote) == "192.0.2.7:5678"
+        await client.close()
+
+
+async def test_proxies_change_with_the_settings(region: Region) -> None:
+    node = region.nodes[0]
+    region.write(node)
+    async with running(node.relay):
+        for trusted in (["10.0.0.0/8"], []):
+            region.settings(node, proxies={"trusted": trusted})
+            wanted = Proxies(networks(trusted))
+            await until(lambda wanted=wanted: all(front.proxies == wanted for front in node.relay._fronts))
+    assert len(node.relay._fronts) == 2
 
 
 async def start_error(relay: Relay) -> str:

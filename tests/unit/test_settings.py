@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from ipaddress import ip_network
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from derper.relay.admission import CacheTimes
 from derper.relay.limits import Limits
+from derper.relay.proxies import Proxies
 from derper.settings import AdmissionSettings, NodeSettings, Settings, SettingsError, parse_settings
 
 from .loopback import private
@@ -118,6 +120,17 @@ def with_node(**changes: Any) -> object:
         ({"limits": {"acceptBurst": -1}}, "the settings.limits.acceptBurst must be a number that is not negative"),
         ({"limits": {"acceptBurst": True}}, "the settings.limits.acceptBurst must be a number that is not negative"),
         ({"limits": {"acceptBurst": "1"}}, "the settings.limits.acceptBurst must be a number that is not negative"),
+        ({"proxies": []}, "the settings.proxies must be a JSON object"),
+        (
+            {"proxies": {"trusted": ["10.0.0.1/8"]}},
+            "the settings.proxies.trusted must be a list of IP addresses or networks such as 198.51.100.0/24",
+        ),
+        ({"proxies": {"trusted": "10.0.0.1"}}, "the settings.proxies.trusted must be a list of strings"),
+        ({"proxies": {"protocol": 1}}, "the settings.proxies.protocol must be true or false"),
+        (
+            {"proxies": {"protocol": True}},
+            "the settings.proxies.protocol needs proxies.trusted: anybody else could claim any address",
+        ),
     ],
 )
 def test_what_is_wrong_and_where(body: object, message: str) -> None:
@@ -168,3 +181,10 @@ def test_any_file_is_settings_or_a_settings_error(data: bytes) -> None:
     with contextlib.suppress(SettingsError):
         settings = parse_settings(data)
         assert settings.admission.is_open is True or not settings.admission.is_open
+
+
+def test_proxies() -> None:
+    assert parse({}).proxies is None
+    assert parse({"proxies": {}}).proxies == Proxies()
+    proxies = {"trusted": ["10.0.0.0/8", "2001:db8::1"], "protocol": True}
+    assert parse({"proxies": proxies}).proxies == Proxies((ip_network("10.0.0.0/8"), ip_network("2001:db8::1")), True)

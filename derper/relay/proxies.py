@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any, Final
 
-from ..relay.session import Remote
+from .session import Remote
 
-__all__ = ["Proxies", "remote_from"]
+__all__ = ["Network", "Proxies", "networks", "remote_from"]
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
@@ -41,6 +41,14 @@ class Proxies:
                 break
             client = Remote(address, 0)
         return client
+
+
+def networks(words: Iterable[str]) -> tuple[Network, ...]:
+    """Addresses and networks.  Raises ValueError with a noun for what they should be."""
+    try:
+        return tuple(ip_network(word) for word in words)
+    except ValueError:
+        raise ValueError("IP addresses or networks such as 198.51.100.0/24") from None
 
 
 def remote_from(address: tuple[Any, ...]) -> Remote:
