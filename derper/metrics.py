@@ -163,6 +163,7 @@ def _ours(relay: Relay) -> Tree:
         tree["protocol_errors"] = relay.hub.counters.protocol_errors
     if relay.listener is not None:
         tree["tls_handshake_errors"] = relay.listener.tls_errors
+        tree["proxy_errors"] = relay.listener.proxy_errors
     if relay.tls is not None:
         expiry = {",".join(item.names): item.not_after.timestamp() for item in relay.tls.certificates}
         tree["gauge_certificate_expiry_seconds"] = LabelMap("name", expiry)
