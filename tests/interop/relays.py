@@ -86,8 +86,9 @@ class Relay(Child):
 
     def _write_files(self) -> None:
         if self.options.certificate is not None:
-            self.workdir.joinpath(f"{self.host_name}.crt").write_text(self.options.certificate.cert)
-            self.workdir.joinpath(f"{self.host_name}.key").write_text(self.options.certificate.key)
+            stem = self.host_name.replace(":", "")  # as both makes name the files of an IPv6 address
+            self.workdir.joinpath(f"{stem}.crt").write_text(self.options.certificate.cert)
+            self.workdir.joinpath(f"{stem}.key").write_text(self.options.certificate.key)
         if self.options.mesh_key is not None:
             self.workdir.joinpath("mesh.key").write_text(self.options.mesh_key)
         if self.options.private_key is not None:
