@@ -37,6 +37,7 @@ __all__ = ["Client", "DialError", "Endpoint", "dial_endpoint", "dial_node", "dia
 DIAL_SECONDS: Final = 1.5  # for DNS and TCP (derphttp, dialNodeTimeout)
 CONNECT_SECONDS: Final = 10.0  # DNS, TCP, TLS, HTTP and DERP together
 _HEAD_BYTES: Final = 8 << 10
+_EVENTS: Final = 256  # that may wait for the reader, and those of one read more
 _NEXT_ADDRESS: Final = 0.25  # seconds; when to try the next one as well (RFC 8305, section 5)
 
 
@@ -376,6 +377,7 @@ class _Protocol(asyncio.Protocol):
         self._head: bytearray | None = None  # the HTTP answer, while it comes in
         self._wire: wire.ClientConnection | None = None
         self._events: deque[Event] = deque()
+        self._is_held = False  # nothing is read until the events that wait are fewer
         self._waiter: asyncio.Future[None] | None = None
         self._closed = asyncio.get_running_loop().create_future()
         self._early = bytearray()
@@ -423,7 +425,12 @@ class _Protocol(asyncio.Protocol):
                 raise ConnectionError(self.closed_because)
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        return self._events.popleft()
+        event = self._events.popleft()
+        if self._is_held and len(self._events) <= _EVENTS // 2:
+            self._is_held = False
+            if self.closed_because is None:
+                self.transport.resume_reading()
+        return event
 
     async def wait_closed(self) -> None:
         await asyncio.shield(self._closed)
@@ -457,6 +464,9 @@ class _Protocol(asyncio.Protocol):
                 answer = self._wire.data_to_send()
                 if answer:
                     self.transport.write(answer)
+                if len(self._events) > _EVENTS and not self._is_held:
+                    self._is_held = True
+                    self.transport.pause_reading()
         except ProtocolError as error:
             self.closed_because = str(error)
             self.transport.abort()

@@ -217,11 +217,10 @@ class Router:
         return self._interested.items()
 
     def _lose_interest(self, source: bytes, session: Session) -> None:
-        interested = self._interested.get(source)
-        if interested is not None:
-            interested.discard(session)
-            if not interested:
-                del self._interested[source]
+        interested = self._interested[source]
+        interested.discard(session)
+        if not interested:
+            del self._interested[source]
 
     def _gone_from_region(self, key: bytes) -> None:
         for session in self._interested.pop(key, ()):

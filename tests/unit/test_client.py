@@ -165,6 +165,32 @@ async def test_events_until_the_server_goes(node: LoopbackRelay) -> None:
     await alice.close()
 
 
+async def test_who_does_not_take_events_reads_no_more(node: LoopbackRelay) -> None:
+    """What the server sends then waits at the server, and not here."""
+    alice = await node.dial(ALICE)
+    session, sent = node.session(ALICE), 0
+    while session.paused_since is None and sent < 50_000:
+        packets = b"".join(frames.recv_packet(BOB.public, (sent + n).to_bytes(4, "big") * 250) for n in range(50))
+        session.deliver(BOB.public, packets, 50, 0.0)
+        sent += 50
+        await asyncio.sleep(0)
+    assert len(alice._protocol._events) < 1000 < sent
+    for number in range(sent):
+        assert (await alice.receive_packet()).data == number.to_bytes(4, "big") * 250
+    await alice.close()
+
+
+async def test_events_that_wait_outlive_the_connection(node: LoopbackRelay) -> None:
+    alice = await node.dial(ALICE)
+    node.session(ALICE).deliver(BOB.public, frames.recv_packet(BOB.public, b"hello") * 1000, 1000, 0.0)
+    await until(lambda: alice._protocol._is_held)
+    await alice.close()
+    waiting = len(alice._protocol._events)
+    assert [(await alice.receive_packet()).data for _ in range(waiting)] == [b"hello"] * waiting
+    with pytest.raises(ConnectionError):
+        await alice.receive()
+
+
 async def test_a_peer_that_is_gone_ends_the_wait_for_a_packet(node: LoopbackRelay) -> None:
     alice = await node.dial(ALICE)
     alice.send(BOB.public, frames.DISCO_MAGIC + bytes(56))
