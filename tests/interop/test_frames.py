@@ -192,6 +192,26 @@ async def test_a_forwarded_packet_without_a_source(meshed: Relay, make: str, raw
     assert await b.frame() == (FrameType.RECV_PACKET, (b"" if make == "stock" else bytes(32)) + b"whose?")
 
 
+def dropped(found: dict[str, float], reason: str, kind: str) -> float:
+    return found[f'derp_packets_dropped{{reason="{reason}",kind="{kind}"}}']
+
+
+@pytest.mark.parametrize("both", [RelayOptions(flags=("-home=blank", "-tcp-write-timeout=0"))], indirect=True)
+async def test_what_waits_for_a_client_that_does_not_read(both: Both, raw: RawClients) -> None:
+    """32 packets and 32 disco messages; the oldest are dropped first, and the rest when the client goes."""
+    for relay in (both.stock, both.ours):
+        sender, victim = await raw.login(relay), await raw.login(relay)
+        victim.stop_reading()
+        while dropped(await counted(relay), "queue_head", "other") < 200:
+            assert await sender.until_echo(frames.send_packet(victim.key, bytes(20_000)) * 50) == []
+        assert await sender.until_echo(frames.send_packet(victim.key, DISCO) * 100) == []
+        assert dropped(await counted(relay), "queue_head", "disco") == 68
+        victim.abort()
+        while (found := await counted(relay))["derp_current_connections"] > 1:  # noqa: ASYNC110 -- no event tells it
+            await asyncio.sleep(0.02)
+        assert [dropped(found, "gone_disconnected", kind) for kind in ("other", "disco")] == [32, 32]
+
+
 # -- to nobody
 
 
