@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import pytest
 
-from .gobuild import GoMissingError, Peers, Step, build_kind, build_peers, build_tailscaled
+from .gobuild import GoMissingError, Peers, Step, build_kind, build_peers, build_tailscaled, build_websocket_peers
 from .peers import GoClients
 from .pki import Authority
 from .relays import OurDerper, Relay, RelayOptions, StockDerper, loopback_addresses
@@ -29,6 +29,12 @@ def peers(request: pytest.FixtureRequest) -> Peers:
 def tailscaled(request: pytest.FixtureRequest) -> Path:
     """Stock `tailscaled`, and with TS_BE_CLI=1 in the environment the `tailscale` command."""
     return _built(build_tailscaled, request.config)
+
+
+@pytest.fixture(scope="session")
+def websocket_peers(request: pytest.FixtureRequest) -> Path:
+    """The driver of stock clients that can be told to speak WebSocket."""
+    return _built(build_websocket_peers, request.config)
 
 
 @pytest.fixture(scope="session")

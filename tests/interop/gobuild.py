@@ -45,6 +45,12 @@ def build_peers(step: Step) -> Peers:
     return Peers(folder / "derper", folder / "derpprobe", folder / "peers")
 
 
+def build_websocket_peers(step: Step) -> Path:
+    """Our driver of stock clients, which speak WebSocket with TS_DEBUG_DERP_WS_CLIENT=1. Raises as build_peers."""
+    tag = "ts_debug_websockets"
+    return _build(HERE / "peers", "tailscale.com", (".",), step, tags=tag) / "peers"
+
+
 def build_tailscaled(step: Step) -> Path:
     """Stock `tailscaled`; with TS_BE_CLI=1 in its environment it is the `tailscale` command. Raises as build_peers.
 
