@@ -21,6 +21,7 @@ log = logging.getLogger("derper")
 
 _ASK_SECONDS: Final = 5.0
 _QUESTIONS_AT_ONCE: Final = 1000
+_LOCAL_QUESTIONS_AT_ONCE: Final = 50  # a Unix socket refuses those for whom its backlog has no room
 
 Ask = Callable[[NodePublic, Address, float], Awaitable[bool]]
 Answered = Callable[[str | None], None]
@@ -29,7 +30,7 @@ Answered = Callable[[str | None], None]
 class Source:
     """One that is asked, and what came of it."""
 
-    def __init__(self, name: str, label: str, ask: Ask, cache: DecisionCache) -> None:
+    def __init__(self, name: str, label: str, ask: Ask, cache: DecisionCache, at_once: int) -> None:
         self.name = name
         self.label = label  #: for metrics; a URL without what may be secret
         self.outcomes = {"allow": 0, "deny": 0, "error": 0, "timeout": 0}
@@ -38,7 +39,7 @@ class Source:
         self._ask = ask
         self._cache = cache
         # A flood of unknown keys must not use up the questions of clients that were admitted before.
-        self._known, self._unknown = (asyncio.Semaphore(_QUESTIONS_AT_ONCE) for _ in range(2))
+        self._known, self._unknown = (asyncio.Semaphore(at_once) for _ in range(2))
 
     def fresh(self, key: NodePublic, now: float) -> bool:
         """Whether it needs no question."""
@@ -121,13 +122,11 @@ class Admission:
     def admits_at_once(self, key: NodePublic) -> bool:
         """Whether the client may come in without asking anybody; to be called once for each login."""
         policy = self._policy
-        if policy.is_open:
+        admitted = policy.admits_at_once(key)
+        if policy.keys is not None and not policy.is_open:
+            self.listed["allow" if admitted else "deny"] += 1
+        if admitted:
             return True
-        if policy.keys is not None:
-            listed = key in policy.keys
-            self.listed["allow" if listed else "deny"] += 1
-            if listed:
-                return True
         now = asyncio.get_running_loop().time()
         fresh = policy.asks and self._all_fresh(key, now)
         self.from_cache += fresh
@@ -225,7 +224,8 @@ class Admission:
         return str(failures[0])
 
     def _controller_source(self, url: str) -> Source:
-        return Source(url, _label(url), Controller(url, self._session).allows, self._cache)
+        controller = Controller(url, self._session)
+        return Source(url, _label(url), controller.allows, self._cache, _QUESTIONS_AT_ONCE)
 
     def _session(self) -> aiohttp.ClientSession:
         if self._http is None:
@@ -234,9 +234,11 @@ class Admission:
 
     def _tailscaled_source(self, socket: str) -> Source:
         tailscaled = Tailscaled(socket)
-        return Source(
-            socket, "tailscaled", lambda key, _address, deadline: tailscaled.allows(key, deadline), self._cache
-        )
+
+        async def ask(key: NodePublic, _address: Address, deadline: float) -> bool:
+            return await tailscaled.allows(key, deadline)
+
+        return Source(socket, "tailscaled", ask, self._cache, _LOCAL_QUESTIONS_AT_ONCE)
 
 
 def _label(url: str) -> str:

@@ -21,7 +21,7 @@ async def controller(answer: Callable[[Writer], Awaitable[Any]]) -> AsyncIterato
     """The URL of a controller that answers everything with `answer`."""
 
     async def serve(reader: asyncio.StreamReader, writer: Writer) -> None:
-        await reader.readuntil(b"}")
+        assert b"\r\nConnection: close\r\n" in await reader.readuntil(b"}")
         await answer(writer)
         writer.close()
 

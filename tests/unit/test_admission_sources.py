@@ -18,6 +18,7 @@ from derper.metrics import _admission
 from derper.net import admission as admission_module
 from derper.net.admission import Admission
 from derper.relay.admission import AdmissionPolicy, CacheTimes
+from derper.wire.keys import NodePublic
 
 from .core import key
 from .loopback import PATIENCE, until
@@ -39,6 +40,8 @@ class Sources:
         self.own = str(key(9))
         self.known = {self.own}
         self.local_requests: list[web.Request] = []
+        self.answer_locally = asyncio.Event()
+        self.answer_locally.set()
 
     def url(self, name: str) -> str:
         return f"{self.base}/{name}/verify"
@@ -57,12 +60,14 @@ class Sources:
 
     async def whois(self, request: web.Request) -> web.StreamResponse:
         self.local_requests.append(request)
+        await self.answer_locally.wait()
         if request.query["addr"] in self.known:
             return web.json_response({"Node": {}, "UserProfile": {}})
         return web.Response(status=404, text="no match for IP:port\n")
 
     async def status(self, request: web.Request) -> web.StreamResponse:
         self.local_requests.append(request)
+        await self.answer_locally.wait()
         return web.json_response({"Self": {"PublicKey": self.own}})
 
 
@@ -120,7 +125,7 @@ async def test_the_first_yes_does_not_wait_for_others(sources: Sources) -> None:
     sources.says = {"a": asyncio.Event(), "b": True}
     async with asking(AdmissionPolicy(urls=(sources.url("a"), sources.url("b")))) as admission:
         assert await ask(admission) is None
-        assert not sources.says["a"].is_set()
+        assert not any(admission.sources[0].outcomes.values())  # it is still asked
 
 
 async def test_a_no_waits_for_others(sources: Sources) -> None:
@@ -146,6 +151,18 @@ async def test_a_no_is_no_reason_to_fail_open(sources: Sources) -> None:
         admission.policy = AdmissionPolicy(urls=urls[1:], fail_open=True)
         assert await ask(admission) is None
         assert counted(admission)["failed_open"] == 1
+
+
+async def test_a_wrong_answer_is_no_reason_to_fail_open(sources: Sources) -> None:
+    sources.says = {"a": 500}
+    async with asking(AdmissionPolicy(urls=(sources.url("a"),), fail_open=True)) as admission:
+        assert await ask(admission) == "the admission controller answered 500"
+
+
+async def test_an_open_relay_asks_nobody(sources: Sources) -> None:
+    async with asking(AdmissionPolicy(is_open=True, keys=frozenset(), urls=(sources.url("a"),))) as admission:
+        assert admission.admits_at_once(ALICE)
+        assert counted(admission) == {}
 
 
 async def test_a_list_needs_no_question(sources: Sources) -> None:
@@ -242,6 +259,16 @@ async def test_answers_of_tailscaled_that_are_none(tmp_path: Path, status: int, 
     await runner.cleanup()
 
 
+async def test_a_tailscaled_that_hangs(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission_module, "_ASK_SECONDS", 0.05)
+    monkeypatch.setattr(sources, "answer_locally", asyncio.Event())
+    async with asking(AdmissionPolicy(tailscaled=sources.socket)) as admission:
+        assert await ask(admission) == "the local tailscaled gave no answer in time"
+        assert await admission.check() == "the local tailscaled gave no answer in time"
+        assert counted(admission)[requests("tailscaled", "timeout")] == 1
+        sources.answer_locally.set()
+
+
 async def test_the_node_of_tailscaled_itself(sources: Sources) -> None:
     async with asking(AdmissionPolicy(tailscaled=sources.socket)) as admission:
         assert await admission.check() is None
@@ -288,6 +315,13 @@ async def test_unknown_clients_do_not_take_the_turn_of_known_ones(
         assert sources.asked["a"] == 3
         assert refused == []
         hang.set()
+
+
+async def test_tailscaled_is_not_overrun(sources: Sources) -> None:
+    strangers = [NodePublic(number.to_bytes(32, "big")) for number in range(1000)]
+    async with asking(AdmissionPolicy(tailscaled=sources.socket)) as admission:
+        refusals = await asyncio.gather(*(ask(admission, stranger) for stranger in strangers))
+        assert set(refusals) == {"the local tailscaled does not know it"}
 
 
 async def test_a_question_that_never_gets_its_turn(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
