@@ -34,7 +34,7 @@ __all__ = ["DEFAULT_SOCKET", "Health", "debug_facts", "default_socket"]
 DEFAULT_SOCKET: Final = Path("/run/derper/derper.sock")  # systemd's RuntimeDirectory=derper makes the folder
 
 _SHUTDOWN_SECONDS: Final = 1.0  # no page takes long, and a client that does must not hold up the end
-_CLIENTS_AT_ONCE: Final = 500
+_CLIENTS_AT_ONCE: Final = 200
 
 
 def default_socket() -> Path | None:
