@@ -208,7 +208,7 @@ class RelayState:
         try:
             pairs = files.load_pairs(self._stems())
         except CertificateError as error:
-            if self.config.settings or os.path.exists(self._pair_paths()[0]):
+            if self.config.settings or self.pairs or os.path.lexists(self._pair_paths()[0]):
                 raise
             host = self.config.hostname
             raise FileError(
