@@ -62,7 +62,7 @@ def session() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, force_close=True),
         cookie_jar=aiohttp.DummyCookieJar(),
-        headers={"User-Agent": f"derper/{__version__}"},
+        headers={"User-Agent": f"derper/{__version__}", "Accept-Encoding": "gzip"},
         timeout=aiohttp.ClientTimeout(total=None),
     )
 

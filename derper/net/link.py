@@ -266,7 +266,7 @@ class Link(asyncio.BufferedProtocol):
         if self not in self._hub.links or self._transport.is_closing():
             return
         if refusal is not None:
-            self._refuse(f"client {key} rejected: {refusal}")
+            self._end(f"client {key} rejected: {refusal}")  # no error of protocol; the admission counts it
             return
         self._open(key, info, False)
         self._transport.resume_reading()
@@ -306,6 +306,9 @@ class Link(asyncio.BufferedProtocol):
 
     def _refuse(self, why: str) -> None:
         self._hub.counters.protocol_errors += 1
+        self._end(why)
+
+    def _end(self, why: str) -> None:
         log.info("%s: %s; closing", self._remote, why)
         self.abort()
 
