@@ -115,7 +115,7 @@ def _message(data: bytes) -> bytes | int:
         length = _check_record(data, pos)
         pos += _RECORD.size
         if len(data) - pos < length:
-            return pos + length + (_RECORD.size + want - have - length if length < want - have else 0)
+            return pos + length
         pieces.append(data[pos : pos + length])
         have += length
         pos += length

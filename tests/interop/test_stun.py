@@ -35,9 +35,16 @@ def signed(message: bytes) -> bytes:
     return message + struct.pack(">HHL", 0x8028, 4, zlib.crc32(message) ^ 0x5354554E)
 
 
+def signed_early() -> bytes:
+    """A fingerprint of 0, which is right: four bytes behind it see to that.  The last one is too long to count."""
+    forged = attribute(0x8028, bytes(4)) + attribute(0x8028, bytes.fromhex("c4b0c567") + bytes(8))
+    return request(SOFTWARE, forged, length=len(SOFTWARE + forged))
+
+
 SOFTWARE = attribute(0x8022, b"tailnode")
 DATAGRAMS: Mapping[str, bytes] = {
     "the stock request": REQUEST,
+    "a long fingerprint behind the one that counts": signed_early(),
     "a wrong length in the header": signed(request(SOFTWARE, length=0)),
     "an attribute in front": signed(request(attribute(0x0006, b"user"), SOFTWARE)),
     "an attribute behind": signed(request(SOFTWARE, attribute(0x0006, b"user"))),
@@ -69,7 +76,7 @@ DATAGRAMS: Mapping[str, bytes] = {
     "64 KiB of zeros": bytes(65_000),
     **{f"its first {size} bytes": REQUEST[:size] for size in (1, 19, 20, 24, 31, 32, 39)},
 }
-ANSWERED = list(DATAGRAMS)[:11]
+ANSWERED = list(DATAGRAMS)[:12]
 
 
 class Asker:

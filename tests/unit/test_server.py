@@ -553,6 +553,23 @@ async def test_without_tls(tmp_path: Path) -> None:
         await client.close()
 
 
+async def test_any_port_for_metrics_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    relay = await by_flags(tmp_path, "-a", "127.0.0.1:0", "-metrics-addr", "127.0.0.1:0")
+    async with running(relay):
+        (told,) = [r.getMessage() for r in caplog.records if "serving metrics" in r.getMessage()]
+        match = re.fullmatch(r"derper: serving metrics on 127\.0\.0\.1:(\d+)", told)
+        assert match
+        assert await get(int(match[1]), "/healthz") == (200, "ok\n")
+
+
+async def test_a_negative_stun_port_is_none(tmp_path: Path) -> None:
+    relay = await by_flags(tmp_path, "-a", "127.0.0.1:0", "-stun", "-stun-port", "-1")
+    async with running(relay):
+        assert relay.stun is None
+        assert relay.serving()
+
+
 async def test_proxies_by_flags(tmp_path: Path) -> None:
     flags = ("-a", "127.0.0.1:0", "-trusted-proxies", "127.0.0.0/8", "-proxy-protocol")
     relay = await by_flags(tmp_path, *flags)

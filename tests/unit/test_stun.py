@@ -153,3 +153,11 @@ def test_any_datagram_is_a_request_or_breaks_the_protocol(packet: bytes) -> None
 def test_any_datagram_is_a_response_or_breaks_the_protocol(packet: bytes) -> None:
     with contextlib.suppress(ProtocolError):
         stun.parse_response(packet)
+
+
+def test_a_fingerprint_of_another_length_does_not_count() -> None:
+    """The one in front of it does, here 0: four bytes behind it were chosen so."""
+    last = attribute(0x8028, bytes.fromhex("c4b0c567") + bytes(8))
+    body = SOFTWARE + attribute(0x8028, bytes(4)) + last
+    packet = b"\x00\x01" + len(body).to_bytes(2, "big") + b"\x21\x12\xa4\x42" + TX + body
+    assert stun.parse_request(packet) == TX
