@@ -57,7 +57,9 @@ async def relay(make: str, relays: Relays, tmp_path: Path) -> AsyncIterator[Rela
 
 
 async def question(relay: Relay, name: str = "", method: str = "GET") -> Answer:
-    return await ask(relay, request(method, "/bootstrap-dns" + (f"?q={name}" if name else "")))
+    """It does not ask for the end of the connection; the relay ends it."""
+    data = request(method, "/bootstrap-dns" + (f"?q={name}" if name else ""))
+    return await ask(relay, data.replace(b"Connection: close\r\n", b""))
 
 
 async def counters(relay: Relay) -> dict[str, int]:

@@ -142,13 +142,14 @@ async def traffic(relay: Relay) -> AsyncIterator[aiohttp.StreamReader]:
 async def test_traffic(make: str, relays: Relays, clients: GoClients) -> None:
     """A line for each client that sent or received since the last look, and an empty line after each look."""
     relay = await relays.start(relays.make(make))
+    idle = await clients.dial(map=derp_map([relay.node("900a")]), region=900)
     a, b = await two_clients(relay, clients)
     async with traffic(relay) as lines, asyncio.timeout(HANG):
         first = {}
         while (line := await lines.readline()) != b"\n":
             entry = json.loads(line)
             first[entry["Key"]] = entry
-        assert first.keys() == {a.key, b.key}
+        assert first.keys() == {a.key, b.key, idle.key}
         assert list(first[a.key]) == ["Sent", "Recv", "Key"]
         assert list(first[b.key]) == ["Sent", "Recv", "Key", "UniqueSenders"]
         assert first[b.key]["UniqueSenders"] == 1
@@ -160,6 +161,7 @@ async def test_traffic(make: str, relays: Relays, clients: GoClients) -> None:
             while (line := await lines.readline()) != b"\n":
                 entry = json.loads(line)
                 entries[entry["Key"]] = entry
+        assert idle.key not in entries
         assert entries[b.key]["Recv"] > first[b.key]["Recv"] + 50_000
         assert entries[a.key]["Sent"] > first[a.key]["Sent"] + 50_000
 

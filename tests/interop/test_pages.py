@@ -120,6 +120,14 @@ async def test_without_derp(both: Both) -> None:
     assert (await ask(both.ours, upgrade)).body == b"derp server disabled\n"
 
 
+@pytest.mark.parametrize("both", [RelayOptions()], indirect=True)
+async def test_the_default_home(both: Both) -> None:
+    stock, ours = [await ask(relay, request("GET", "/")) for relay in (both.stock, both.ours)]
+    assert b"DERP server" in stock.body
+    assert ours.body == b""
+    assert ours.headers == (stock.headers - {("content-length", str(len(stock.body)))}) | {("content-length", "0")}
+
+
 async def test_a_home_that_is_none(make: str, relays: Relays) -> None:
     relay = relays.make(make, RelayOptions(flags=("-home=elsewhere",)))
     with pytest.raises(ProcessEndedError, match="elsewhere"):
