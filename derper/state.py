@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 from collections.abc import Callable
@@ -254,7 +255,10 @@ class RelayState:
 
     def _set_settings(self, settings: Settings) -> None:
         self.settings = settings
-        self.limits = replace(settings.limits, write_timeout=self.config.write_timeout)
+        limits, flags = settings.limits, _flag_limits(self.config)
+        if math.isinf(limits.accept_per_second):  # they say nothing of it
+            limits = replace(limits, accept_per_second=flags.accept_per_second, accept_burst=flags.accept_burst)
+        self.limits = replace(limits, write_timeout=flags.write_timeout)
 
     def _set_keys(self, keys: frozenset[bytes]) -> None:
         self.listed_keys = keys

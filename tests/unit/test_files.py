@@ -570,6 +570,17 @@ def test_the_mesh_key_of_a_development_relay() -> None:
         state("xy").load_all()
 
 
+def test_the_accept_limit_of_the_flags_holds_until_the_settings_have_one(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    flags = ["-settings", str(path), "-node", "r-0", "-c", "key", "-accept-connection-limit", "7"]
+    chosen = parse_flags([*flags, "-accept-connection-burst", "9"], {}, is_root=False)
+    for limits, expected in (({}, (7.0, 9)), ({"acceptPerSecond": 2, "acceptBurst": 3}, (2.0, 3))):
+        path.write_text(json.dumps({"limits": limits}))
+        state = RelayState(chosen, lambda: NOW)
+        state.poll()
+        assert (state.limits.accept_per_second, state.limits.accept_burst) == expected
+
+
 def test_a_development_relay_makes_its_key() -> None:
     state = RelayState(parse_flags(["-dev"], {}, is_root=False), lambda: NOW)
     state.load_all()
