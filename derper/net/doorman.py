@@ -75,6 +75,7 @@ class Doorman(asyncio.Protocol):
 
     __slots__ = (
         "_body",
+        "_has_ended",
         "_head",
         "_held",
         "_http",
@@ -93,6 +94,7 @@ class Doorman(asyncio.Protocol):
         self._transport: asyncio.Transport
         self._timer: asyncio.TimerHandle | None = None
         self._http: HTTPHandler | None = None
+        self._has_ended = False  # the client has closed its side
         self._is_answering = False  # aiohttp has a request
         self._is_last = False  # no request follows the present one
         self._body: int | None = 0  # bytes of the present request that are still to come; None: unknown
@@ -124,8 +126,9 @@ class Doorman(asyncio.Protocol):
             self._read(data)
 
     def eof_received(self) -> bool:
-        """The client closed its side: close ours."""
-        return False
+        """The client says no more: close, but without TLS, which cannot be half closed, answer first."""
+        self._has_ended = True
+        return self._is_answering and tls_version(self._transport) is None
 
     def pause_writing(self) -> None:
         """The socket is full."""
@@ -258,6 +261,8 @@ class Doorman(asyncio.Protocol):
         if held:
             self._transport.resume_reading()
             self._read(held)
+        if self._has_ended and not self._is_answering:
+            self._transport.close()
 
     def _leave_http(self) -> None:
         http, self._http = self._http, None

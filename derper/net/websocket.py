@@ -198,9 +198,9 @@ class WebSocket(asyncio.Transport, asyncio.Protocol):
             self._transport.close()
 
     def abort(self) -> None:
-        """The link is lost now; the client is told, if it reads."""
+        """The link is lost now; the client is told, if it reads and does not know yet."""
         self._leave()
-        if self._is_writable:
+        if self._is_writable and self._protocol.state is State.OPEN:
             self.end(CloseCode.NORMAL_CLOSURE)
         elif self._transport is not None:
             self._transport.abort()

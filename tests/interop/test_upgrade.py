@@ -321,6 +321,23 @@ async def test_later_requests(both: Both) -> None:
     }
 
 
+@both_plain
+async def test_half_closed(both: Both) -> None:
+    """A client that closes its side after the requests is answered."""
+    for data in (get("/generate_204"), get("/generate_204") * 3, get("/derp"), b""):
+        found = []
+        for relay in (both.stock, both.ours):
+            async with asyncio.timeout(HANG):
+                reader, writer = await asyncio.open_connection(relay.address, DERP_PORT)
+                writer.write(data)
+                writer.write_eof()
+                answers = await reader.read()
+                found.append([line for line in answers.split(b"\r\n") if line.startswith(b"HTTP/")])
+                writer.close()
+        assert found[1] == found[0]
+        assert len(found[0]) == data.count(b"GET")
+
+
 async def test_frames_behind_a_late_upgrade(relay: Relay) -> None:
     """Nothing of the login is lost when it comes in one segment with the requests before it."""
     async with raw_clients() as clients:

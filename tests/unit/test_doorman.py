@@ -238,6 +238,53 @@ async def test_derp_behind_a_request_with_a_body(node: LoopbackRelay) -> None:
     assert (await client.frame())[0] == FrameType.SERVER_INFO
 
 
+async def test_a_client_that_closes_its_side_is_answered(node: LoopbackRelay) -> None:
+    """As `nc -N` does; without TLS, which cannot be half closed."""
+    client = await node.connect()
+    client.send(b"GET /generate_204 HTTP/1.1\r\nHost: x\r\n\r\n" * 3)
+    client.writer.write_eof()
+    assert (await client.rest()).count(b"HTTP/1.1 204 ") == 3
+
+
+@pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\n", b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n"])
+async def test_the_end_of_a_client_with_no_open_question(node: LoopbackRelay, said: bytes) -> None:
+    client = await node.connect()
+    client.send(said)
+    client.writer.write_eof()
+    assert (await client.rest()).count(b"HTTP/1.1 200 ") == said.count(b"OPTIONS")
+
+
+async def test_a_page_for_one_who_reads_slowly() -> None:
+    """Back-pressure reaches aiohttp through the doorman."""
+    page = b"x" * (16 << 20)
+
+    async def big(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Length": str(len(page))})
+        await response.prepare(request)
+        for start in range(0, len(page), 1 << 16):
+            await response.write(page[start : start + (1 << 16)])
+            peak.append(request.transport.get_write_buffer_size() if request.transport is not None else 0)
+        return response
+
+    peak: list[int] = []
+    app = web.Application()
+    app.router.add_get("/big", big)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    assert runner.server is not None
+    async with relay() as node:
+        reception = doorman.Reception(node.hub, connections(runner.server, 30.0))
+        node.listener._factory = lambda remote: doorman.Doorman(reception, remote)
+        client = await node.connect()
+        client.send(b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n")
+        await client.head()
+        assert await client.exactly(len(page)) == page
+        assert max(peak) < 1 << 20
+        client.send(FAST, login(node))
+        assert (await client.frame())[0] == FrameType.SERVER_KEY
+    await runner.cleanup()
+
+
 async def test_many_requests_in_one_segment(node: LoopbackRelay) -> None:
     client = await node.connect()
     client.send(b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n" * 3000, FAST, login(node))

@@ -42,6 +42,7 @@ class Browser:
         self.protocol = Protocol(Side.CLIENT)
         self.messages: list[bytes] = []
         self.data = bytearray()
+        self.pongs: list[bytes] = []
 
     def say(self, *opcodes: tuple[Opcode, bytes]) -> None:
         """Frames as they are given."""
@@ -62,6 +63,8 @@ class Browser:
             if event.opcode is Opcode.BINARY:
                 self.messages.append(bytes(event.data))
                 self.data += event.data
+            if event.opcode is Opcode.PONG:
+                self.pongs.append(bytes(event.data))
         return True
 
     async def frame(self) -> tuple[int, bytes]:
@@ -325,6 +328,46 @@ async def test_a_stalled_browser_is_dropped_and_costs_only_its_own_packets() -> 
         other.send(frames.ping(b"12345678"))
         while (await other.frame())[0] != FrameType.PONG:
             pass
+
+
+async def test_a_browser_that_reads_again_gets_what_waited() -> None:
+    """The newest packets of each queue, and the last pong only."""
+    async with relay(limits=Limits(write_timeout=PATIENCE)) as node:
+        client, other = await logged_in(node), await plain(node)
+        (session,) = [s for s in node.hub.router.active.values() if s.key == ALICE.public]
+        client.raw.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        number = 0
+        while session.paused_since is None:
+            number += 1
+            other.send(frames.send_packet(ALICE.public, b"%06d" % number * 2000))
+            await asyncio.sleep(0)
+        for ping in range(100):
+            client.say((Opcode.PING, b"%03d" % ping))
+        other.send(frames.send_packet(ALICE.public, b"the last one"), frames.ping(b"12345678"))
+        while (await other.frame())[0] != FrameType.PONG:
+            pass
+        await until(lambda: node.hub.counters.packets_received == number + 1)
+        (link,) = [link for link in node.hub.links if link.session is session]
+        await until(lambda: link._transport._pong[2:] == b"099")  # type: ignore[attr-defined]
+        client.raw.writer.transport.resume_reading()  # type: ignore[attr-defined]
+        while (await client.frame())[1] != BOB.public + b"the last one":
+            pass
+        client.send(frames.ping(b"12345678"))
+        while await client.frame() != (FrameType.PONG, b"12345678"):
+            pass
+        assert client.pongs == [b"099"]
+
+
+async def test_an_abort_after_the_goodbye_is_one(node: LoopbackRelay) -> None:
+    client = await logged_in(node)
+    (link,) = node.hub.links
+    socket = link._transport
+    socket.close()
+    socket.abort()
+    assert socket.is_closing()
+    await until(lambda: not node.hub.links)
+    await until(lambda: socket._transport is None)  # type: ignore[attr-defined]
+    await client.closed()
 
 
 async def test_admission_is_waited_for(node: LoopbackRelay) -> None:
