@@ -40,32 +40,31 @@ class Forwarder(Protocol):
 class _Duplicates:
     """The sessions that share one key (derpserver, dupClientSet)."""
 
-    __slots__ = ("active", "history", "sessions")
+    __slots__ = ("active", "heirs", "sessions")
 
     def __init__(self, first: Session, second: Session) -> None:
         self.sessions: set[Session] = {first, second}
         self.active = second  # who connected or spoke last
-        # Who takes over, the next one at the end.  As with stock derper, the second session is not in it before
-        # it speaks, but later ones are.
-        self.history: list[Session] = [first]
+        # Who takes over, the next one at the end; a dict because it keeps the order.  As with stock derper, the
+        # second session is not in it before it speaks, but later ones are.
+        self.heirs: dict[Session, None] = {first: None}
 
     def add(self, session: Session) -> None:
         self.sessions.add(session)
         self.note(session)
 
     def note(self, session: Session) -> None:
-        self.active = session
-        if self.history[-1] is not session:
-            if session in self.history:
-                self.history.remove(session)
-            self.history.append(session)
+        if self.active is not session or session not in self.heirs:
+            self.active = session
+            self.heirs.pop(session, None)
+            self.heirs[session] = None
 
     def remove(self, session: Session) -> None:
         self.sessions.discard(session)
-        if session in self.history:
-            self.history.remove(session)
+        self.heirs.pop(session, None)
         if self.active is session:
-            self.active = self.history[-1] if self.history else next(iter(self.sessions))
+            heir = next(reversed(self.heirs), None)
+            self.active = next(iter(self.sessions)) if heir is None else heir
 
 
 class Router:

@@ -399,6 +399,14 @@ def test_of_three_the_second_that_never_spoke_takes_over_last(bench: Bench) -> N
     assert bench.router.active[key(1)] is second.session
 
 
+def test_of_three_the_second_that_spoke_takes_over_first(bench: Bench) -> None:
+    bench.client(1)
+    second = bench.client(1)
+    second.feed(frames.ping(b"12345678"))  # it was the active one before, too
+    bench.leave(bench.client(1))
+    assert bench.router.active[key(1)] is second.session
+
+
 def test_only_the_head_of_a_frame_is_activity(bench: Bench) -> None:
     old, new = bench.client(1), bench.client(1)
     packet, unknown = frames.send_packet(key(2), bytes(100)), frames.frame(0x99, bytes(100))
