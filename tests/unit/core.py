@@ -89,11 +89,11 @@ class BenchLink:
 
 
 class Bench:
-    """A router and its clients."""
+    """A router and its clients.  `number` is the relay's own key."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = 0xFF) -> None:
         self.counters = Counters()
-        self.router = Router(key(0xFF), self.counters)
+        self.router = Router(key(number), self.counters)
 
     def client(self, number: int, *, mesh: bool = False, not_ideal: bool = False, prober: bool = False) -> BenchClient:
         """A client with the key ``key(number)``, registered."""
