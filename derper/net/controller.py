@@ -136,7 +136,15 @@ def _is_loopback(host: str) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """An error of aiohttp in the system's words."""
+    """An error of aiohttp in the system's words; its own have the URL, which may hold secrets, and what was sent."""
+    if isinstance(error, aiohttp.TooManyRedirects):
+        return "too many redirects"
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return f"the proxy answered {error.status}"
+    if isinstance(error, aiohttp.ClientResponseError | aiohttp.ClientPayloadError):
+        return "the answer is no HTTP"
+    if isinstance(error, aiohttp.InvalidURL | aiohttp.NonHttpUrlClientError | aiohttp.RedirectClientError):
+        return "the URL, or one that it redirects to, cannot be used"
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         return f"its certificate is not trusted: {getattr(error.certificate_error, 'verify_message', error)}"
     if isinstance(error, aiohttp.ClientConnectorDNSError):  # its number is not the system's

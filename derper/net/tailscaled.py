@@ -58,7 +58,7 @@ class Tailscaled:
 
     def _object(self, status: int, body: bytes) -> dict[str, Any]:
         if status != 200:
-            text = body[:200].decode(errors="replace").strip()
+            text = " ".join(body[:200].decode(errors="replace").split())
             raise NoAnswerError(f"the local tailscaled answered {status}: {text}", reached=True)
         try:
             answer = json.loads(body)

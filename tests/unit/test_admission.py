@@ -214,6 +214,22 @@ async def test_a_controller_that_takes_too_long(monkeypatch: pytest.MonkeyPatch)
     await runner.cleanup()
 
 
+@pytest.mark.parametrize(
+    ("location", "why"),
+    [
+        ("", "too many redirects"),
+        ("ftp://127.0.0.1/", "the URL, or one that it redirects to, cannot be used"),
+        ("http://[/", "the URL, or one that it redirects to, cannot be used"),
+        ("http://127.0.0.1:1/", "connection refused"),
+    ],
+)
+async def test_refusals_tell_no_secrets(controller: Controller, location: str, why: str) -> None:
+    url = controller.url.replace("http://", "http://user:word@") + "?token=x"
+    controller.answer = lambda: web.Response(status=307, headers={"Location": location or url})
+    async with asking(url) as admission:
+        assert await ask(admission) == f"the admission controller cannot be asked: {why}"
+
+
 async def test_failing_open(controller: Controller) -> None:
     """Only where nobody answers; a no is a no."""
     async with asking("http://127.0.0.1:1/verify", fail_open=True) as admission:

@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
+
 from derper.net.admission import Admission
 from derper.relay.admission import AdmissionPolicy
 
@@ -78,6 +80,25 @@ async def test_an_answer_in_pieces() -> None:
 
     async with controller(slowly) as url:
         assert await ask(url) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "refusal"),
+    [
+        (b"", "the admission controller cannot be asked: Server disconnected"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "the admission controller cannot be asked: the answer is no HTTP"),
+        (
+            b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{",
+            "the admission controller cannot be asked: the answer is no HTTP",
+        ),
+    ],
+)
+async def test_answers_that_are_none(answer: bytes, refusal: str) -> None:
+    async def send(writer: Writer) -> None:
+        writer.write(answer)
+
+    async with controller(send) as url:
+        assert await ask(f"{url}?token=x") == refusal
 
 
 async def test_an_endless_answer() -> None:

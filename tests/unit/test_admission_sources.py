@@ -240,7 +240,7 @@ async def test_no_tailscaled(tmp_path: Path) -> None:
         (200, b"null", "who answers at SOCKET is no tailscaled"),
         (200, b"<html>", "who answers at SOCKET is no tailscaled"),
         (400, b"invalid 'addr' parameter\n", "the local tailscaled is too old for -verify-clients: update it"),
-        (403, b"whois access denied\n", "the local tailscaled answered 403: whois access denied"),
+        (403, b"whois\naccess denied\n", "the local tailscaled answered 403: whois access denied"),
         (302, b"", "the local tailscaled answered 302: "),
     ],
 )

@@ -505,9 +505,13 @@ def test_the_key_list(pod: Pod) -> None:
     path = pod.root / "keys"
     other = pod.root / "other-keys"
     other.write_text(f"{private(7).public}\n")
-    pod.settings("r-0", admission={"keyFile": str(path), "keyFiles": [str(other)], "cache": {"freshSeconds": 0}})
+    pod.settings(
+        "r-0",
+        admission={"keyFile": str(path), "keyFiles": [str(other)], "tailscaled": "/s", "cache": {"freshSeconds": 0}},
+    )
     pod.poll()
     assert pod.state.policy().cache == CacheTimes(0.0, 3600.0)
+    assert pod.state.policy().tailscaled == "/s"
     assert pod.state.problems == [f"key list: {path}: no such file or directory"]
     path.write_text(f"# friends\n{private(9).public}  # nine\n")
     assert pod.poll() == ["key list"]
