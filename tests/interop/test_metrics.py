@@ -14,6 +14,7 @@ import pytest
 from ..stock_metrics import GO_ONLY, STOCK, STOCK_LIMITS, families
 from .conftest import Both, Relays
 from .peers import GoClients
+from .pki import Authority, Certificate
 from .processes import HANG
 from .relays import Relay, RelayOptions, derp_map
 
@@ -35,7 +36,11 @@ async def varz(relay: Relay) -> str:
     context.verify_mode = ssl.CERT_NONE
     timeout = aiohttp.ClientTimeout(HANG)
     url = f"https://{relay.derp_address}/debug/varz"
-    async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url, ssl=context) as answer:
+    name = None if relay.host_name == relay.address else relay.host_name
+    async with (
+        aiohttp.ClientSession(timeout=timeout) as session,
+        session.get(url, ssl=context, server_hostname=name) as answer,
+    ):
         assert answer.status == 200
         return await answer.text()
 
@@ -110,6 +115,87 @@ async def test_labels_that_are_there_from_the_start(both: Both) -> None:
     wanted = {name for name in stock if "{" in name and not GO_ONLY.match(name) and not name.startswith("version")}
     assert wanted >= {'stun_requests{disposition="read_error"}', 'derp_bytes_dropped{reason="queue_tail",kind="disco"}'}
     assert ours.keys() >= wanted
+
+
+async def test_the_numbers_of_a_mesh(
+    make: str, relays: Relays, clients: GoClients, authority: Authority, ca_file: Path
+) -> None:
+    """Two relays of one make, a client on each, and one on both.
+
+    Stock derper counts itself as a client, too: its peer tells it of everybody who is connected there.
+    """
+    itself = 1 if make == "stock" else 0
+    first, second = [
+        relays.make(make, mesh_options(authority.issue(name), name, ca_file)) for name in ("first.test", "second.test")
+    ]
+    first.mesh_with([second])
+    second.mesh_with([first])
+    for relay in (first, second):
+        await relays.start(relay)
+    on_first, on_second = [{"map": derp_map([relay.node("900a")]), "region": 900} for relay in (first, second)]
+    a, b = await clients.dial(**on_first), await clients.dial(**on_second)
+    twin_key = f"privkey:{secrets.token_hex(32)}"
+    twins = [await clients.dial(**options, private_key=twin_key) for options in (on_first, on_second)]
+    for relay in (first, second):
+        await until(relay, {"derp_watchers": 1, "derp_clients_total": 4 + itself})
+    await a.send(b.key, bytes(100), count=3)
+    await a.send(b.key, DISCO)
+    for _ in range(4):
+        await b.receive()
+    await b.send(twins[0].key, b"to the one who is here")
+    await twins[1].receive()
+    await b.send(a.key, b"back")
+    await a.receive()
+    await until(first, {"derp_packets_forwarded_out": 4})
+    await twins[1].close()
+    await b.close()
+    await a.expect("peer_gone", lambda event: event["key"] == b.key)
+    here = {"derp_clients_local": 3, "derp_clients_remote": itself, "derp_current_connections": 3}
+    await until(
+        first,
+        {
+            **here,
+            "derp_accepts": 3,
+            "derp_packets_received": 4,
+            'derp_packets_received_kind{kind="disco"}': 1,
+            "derp_bytes_received": 300 + len(DISCO),
+            "derp_packets_sent": 1,
+            "derp_packets_forwarded_out": 4,
+            "derp_packets_forwarded_in": 1,
+            "derp_peer_gone_disconnected_frames": 1,
+            "derp_multiforwarder_created": 0,
+        },
+    )
+    await until(
+        second,
+        {
+            "derp_clients_local": 1,
+            "derp_clients_remote": 2 + itself,
+            "derp_packets_received": 2,
+            "derp_packets_sent": 5,
+            "derp_packets_forwarded_in": 4,
+            "derp_packets_forwarded_out": 1,
+            "derp_peer_gone_disconnected_frames": 2,
+        },
+    )
+
+
+def mesh_options(certificate: Certificate, name: str, ca_file: Path) -> RelayOptions:
+    """A relay that the others of its mesh can verify by name."""
+    environ = {"SSL_CERT_FILE": str(ca_file)}
+    return RelayOptions(certificate=certificate, host_name=name, mesh_key=MESH_KEY, env=environ)
+
+
+async def until(relay: Relay, wanted: dict[str, float]) -> None:
+    """Wait until the relay shows these numbers."""
+    found: dict[str, float] = {}
+    try:
+        async with asyncio.timeout(HANG / 4):
+            while found != wanted:
+                everything = samples(await varz(relay))
+                found = {name: everything[name] for name in wanted}
+    except TimeoutError:
+        assert found == wanted
 
 
 @pytest.mark.parametrize(
