@@ -245,12 +245,13 @@ FLAGS: Final = (
     Flag("trusted-proxies", "trusted_proxies", _NETWORKS, "proxies whose word on a client's address is believed"),
     Flag("proxy-protocol", "proxy_protocol", _SWITCH, "trusted proxies begin with a PROXY protocol v2 header (false)"),
     Flag("acme-ip-certs", "", _SWITCH, "", "use -certmode manual, which makes a self-signed certificate for an IP"),
-    Flag("acme-eab-kid", "", _TEXT, "", "put certificates into -certdir and use -certmode manual; they are reloaded"),
-    Flag("acme-eab-key", "", _TEXT, "", "put certificates into -certdir and use -certmode manual; they are reloaded"),
-    Flag("acme-email", "", _TEXT, "", "put certificates into -certdir and use -certmode manual; they are reloaded"),
     Flag("secrets-url", "", _TEXT, "", "put the mesh key into a file and name it in -mesh-psk-file"),
-    Flag("secrets-path-prefix", "", _TEXT, "", "put the mesh key into a file and name it in -mesh-psk-file"),
-    Flag("secrets-cache-dir", "", _TEXT, "", "put the mesh key into a file and name it in -mesh-psk-file"),
+    # As with stock derper, these mean nothing without the flags above.
+    Flag("acme-eab-kid", "", _TEXT, ""),
+    Flag("acme-eab-key", "", _TEXT, ""),
+    Flag("acme-email", "", _TEXT, ""),
+    Flag("secrets-path-prefix", "", _TEXT, ""),
+    Flag("secrets-cache-dir", "", _TEXT, ""),
     Flag("ace", "", _SWITCH, "", "this version has no ACE server"),
 )
 

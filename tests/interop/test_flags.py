@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -150,6 +151,7 @@ FILES = {
         ["-rate-config", "broken.key"],
         ["-rate-config", "no-such-file"],
         ["-tcp-user-timeout", "-1s"],
+        ["-acme-ip-certs"],
     ],
     ids=" ".join,
 )
@@ -183,12 +185,21 @@ async def test_the_key_file(make: str, relays: Relays, tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "derper.key"
     relay = relays.make(make, replace(RelayOptions(), flags=(f"-c={path}",)))
     await relays.start(relay)
-    await relay.stop()
+    assert await relay.stop() == 0
     made = path.read_text()
     assert re.fullmatch(r'\{\n\t"PrivateKey": "privkey:[0-9a-f]{64}"\n\}', made)
     assert path.stat().st_mode & 0o777 == 0o600
     await relay.start()
     assert path.read_text() == made
+    assert await relay.stop(signal.SIGINT) == 0
+
+
+async def test_flags_without_meaning(make: str, relays: Relays) -> None:
+    """Those of ACME beside manual certificates, and those of setec without its URL."""
+    flags = ("-acme-email=a@example.com", "-acme-eab-kid=k", "-acme-eab-key=k", "-acme-ip-certs=false")
+    await relays.start(
+        relays.make(make, RelayOptions(flags=(*flags, "-secrets-path-prefix=p", "-secrets-cache-dir=d")))
+    )
 
 
 async def test_an_ipv6_address(make: str, relays: Relays) -> None:

@@ -115,6 +115,19 @@ async def test_names_of_a_relay_with_a_host_name(both: Both) -> None:
     assert answers == {"relay.test": SERVED} | dict.fromkeys(wrong, bytes.fromhex("15030300020250"))
 
 
+@pytest.mark.parametrize("both", [replace(NAMED, certificate=self_signed("*.test"))], indirect=True)
+async def test_a_wildcard_certificate(both: Both) -> None:
+    answers = await same_answers(both, {name: with_name(name) for name in ("relay.test", "", "a.relay.test")})
+    assert [said == SERVED for said in answers.values()] == [True, False, False]
+
+
+@pytest.mark.parametrize("both", [NAMED], indirect=True)
+async def test_names_in_capitals(both: Both) -> None:
+    """Stock derper compares letters."""
+    assert await answer(both.stock, with_name("RELAY.test")) == bytes.fromhex("15030300020250")
+    assert await answer(both.ours, with_name("RELAY.test")) == SERVED
+
+
 async def test_names_of_a_relay_with_an_address(both: Both) -> None:
     names_asked = ("", "relay.test", "RELAY.test", "127.0.0.1", "caf\xe9.test")
     answers = await same_answers(both, {name: with_name(name) for name in names_asked})
@@ -196,6 +209,12 @@ async def test_protocols(both: Both) -> None:
     for protocols in ((), ("http/1.1",), ("h2", "http/1.1"), ("http/1.1", "h2"), ("x", "http/1.1")):
         stock, ours = await shake_both(both, protocols=protocols)
         assert stock.protocol == ours.protocol == ("http/1.1" if protocols else None)
+
+
+async def test_http_2_alone(both: Both) -> None:
+    assert (await shake(both.stock, protocols=("h2",))).protocol == "h2"
+    with pytest.raises(ssl.SSLError, match="no application protocol"):
+        await shake(both.ours, protocols=("h2",))
 
 
 async def test_the_meta_certificate(both: Both) -> None:

@@ -115,7 +115,7 @@ def test_spellings_of_a_switch(spelling: tuple[str, ...], value: bool) -> None:
             ("-trusted-proxies", "198.51.100.7,2001:db8::/32", "-proxy-protocol"),
             {"trusted_proxies": (ip_network("198.51.100.7"), ip_network("2001:db8::/32")), "proxy_protocol": True},
         ),
-        (("-acme-email", ""), {}),
+        (("-acme-email", "a@example.com", "-secrets-cache-dir", "/x", "-acme-ip-certs=false"), {}),
     ],
 )
 def test_values(arguments: tuple[str, ...], changes: dict[str, Any]) -> None:
@@ -254,6 +254,11 @@ LETSENCRYPT = (
         (("-mesh-with", "a"), "-mesh-with requires -mesh-psk-file"),
         (("-certmode", "wat"), "-certmode must be manual, not 'wat'"),
         (("-certmode", "letsencrypt"), LETSENCRYPT),
+        (("-ace",), "-ace is not supported: this version has no ACE server"),
+        (
+            ("-secrets-url", "https://x"),
+            "-secrets-url is not supported: put the mesh key into a file and name it in -mesh-psk-file",
+        ),
         (("-node", "x"), "-node only goes with -settings"),
         (("-settings", "/s"), "-settings needs -node, the name of this relay in the settings file"),
         (
