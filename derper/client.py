@@ -35,7 +35,7 @@ from .wire.keys import MeshKey, NodePrivate, NodePublic
 __all__ = ["Client", "DialError", "Endpoint", "dial_endpoint", "dial_node", "dial_region", "endpoint_of"]
 
 DIAL_SECONDS: Final = 1.5  # for DNS and TCP (derphttp, dialNodeTimeout)
-CONNECT_SECONDS: Final = 10.0  # DNS, TCP, TLS, HTTP and DERP together
+CONNECT_SECONDS: Final = 10.0  # TLS, HTTP and DERP together (derphttp, connect)
 _HEAD_BYTES: Final = 8 << 10
 _EVENTS: Final = 256  # that may wait for the reader, and those of one read more
 _NEXT_ADDRESS: Final = 0.25  # seconds; when to try the next one as well (RFC 8305, section 5)
@@ -79,6 +79,7 @@ class Options:
     connected: Callable[[], None] | None = None  #: called when TCP is up
     prepare: Callable[[socket.socket], None] | None = None  #: sets options of the connected socket
     dial_seconds: float = DIAL_SECONDS  #: for DNS and TCP
+    connect_seconds: float = CONNECT_SECONDS  #: for TLS, HTTP and DERP
 
 
 class Client:
@@ -329,7 +330,7 @@ async def _upgrade(
     if options.connected is not None:
         options.connected()
     try:
-        async with asyncio.timeout(CONNECT_SECONDS):
+        async with asyncio.timeout(options.connect_seconds):
             announced = await _start_tls(transport, endpoint, protocol)
             fast = announced if options.fast_start else None
             stage = "http" if fast is None else "derp"
@@ -341,7 +342,7 @@ async def _upgrade(
     except (certs.CertificateError, ssl.SSLError) as error:
         problem = DialError("tls", f"{endpoint}: {_reason(error)}")
     except TimeoutError:
-        problem = DialError(stage, f"{endpoint}: no DERP connection within {CONNECT_SECONDS:.0f} s")
+        problem = DialError(stage, f"{endpoint}: no DERP connection within {options.connect_seconds:g} s")
     except (ProtocolError, OSError, ValueError) as error:  # ValueError: a name or a certificate that is none
         problem = DialError(protocol.stage or stage, f"{endpoint}: {_reason(error)}")
     except BaseException:

@@ -218,6 +218,7 @@ async def test_writable(node: LoopbackRelay) -> None:
         assert [await turns.get(), await turns.get()] == [False, True]
     assert alice.writable
     await alice.close()
+    assert not alice.writable
 
 
 # -- a region
@@ -481,11 +482,10 @@ async def test_an_answer_in_pieces(tmp_path: Path) -> None:
         await alice.close()
 
 
-async def test_a_server_that_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "CONNECT_SECONDS", 0.3)
+async def test_a_server_that_says_nothing(tmp_path: Path) -> None:
     async with server(silence, pair_for(HOST_NAME), directory=tmp_path) as endpoint:
-        with pytest.raises(DialError, match=r"no DERP connection within 0 s$") as caught:
-            await dial_endpoint(endpoint, ALICE)
+        with pytest.raises(DialError, match=r"no DERP connection within 0\.3 s$") as caught:
+            await dial_endpoint(endpoint, ALICE, Options(connect_seconds=0.3))
         assert caught.value.stage in ("http", "tls")
 
 
@@ -499,11 +499,10 @@ async def test_a_server_that_closes(tmp_path: Path) -> None:
             await dial_endpoint(endpoint, ALICE)
 
 
-async def test_a_server_without_tls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "CONNECT_SECONDS", 0.3)
+async def test_a_server_without_tls() -> None:
     async with relay() as node:
         with pytest.raises(DialError) as caught:
-            await dial_endpoint(node.endpoint, ALICE)
+            await dial_endpoint(node.endpoint, ALICE, Options(connect_seconds=0.3))
         assert caught.value.stage == "tls"
         await until(lambda: not node.hub.links)
 

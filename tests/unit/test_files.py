@@ -286,9 +286,7 @@ def test_a_file_that_never_rests_is_read_all_the_same(tmp_path: Path) -> None:
     value = Value(tmp_path / "value")
     replace_file(value.path, "0")
     value.watched.poll()
-    looks = 0
-    while True:
-        looks += 1
+    for looks in range(1, 20):
         replace_file(value.path, str(looks))
         if value.watched.poll():
             break
