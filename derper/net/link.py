@@ -29,6 +29,7 @@ log = logging.getLogger("derper")
 
 LOGIN_SECONDS: Final = 10.0  # derpserver.accept
 _GOODBYE_SECONDS: Final = 5.0  # for a closed client to take what was written to it
+_REFUSAL_SECONDS: Final = 1.0  # the same for one that is refused
 _WRITE_HIGH_WATER: Final = 64 << 10
 _MESH_HIGH_WATER: Final = 1 << 20
 
@@ -125,6 +126,10 @@ class Link(asyncio.BufferedProtocol):
             self._hub.stalls.written.add(self)
         self._transport.write(data)
 
+    def end(self) -> None:
+        """Close when the loop comes to it."""
+        self._hub.loop.call_soon(self.close)
+
     def abort(self) -> None:
         """Close now; `connection_lost` follows, and until then packets for the client wait to be dropped."""
         self.pause_writing()
@@ -148,11 +153,7 @@ class Link(asyncio.BufferedProtocol):
 
     def close(self) -> None:
         """Close after what is written has been sent; nothing if it is closed.  Others see the client go now."""
-        if self in self._hub.links:
-            self._cancel_timers()
-            self._leave()
-            self._login_timer = self._hub.loop.call_later(_GOODBYE_SECONDS, self._transport.abort)
-            self._transport.close()
+        self._close(_GOODBYE_SECONDS)
 
     def set_bucket(self, bucket: TokenBucket | None) -> None:
         """Another limit from now on: what is left of a wait under the old one is forgiven."""
@@ -304,13 +305,20 @@ class Link(asyncio.BufferedProtocol):
         self._login_timer = None
         self._refuse(f"no login within {LOGIN_SECONDS:.0f} s")
 
+    def _close(self, patience: float) -> None:
+        if self in self._hub.links:
+            self._cancel_timers()
+            self._leave()
+            self._login_timer = self._hub.loop.call_later(patience, self._transport.abort)
+            self._transport.close()
+
     def _refuse(self, why: str) -> None:
         self._hub.counters.protocol_errors += 1
         self._end(why)
 
     def _end(self, why: str) -> None:
         log.info("%s: %s; closing", self._remote, why)
-        self.abort()
+        self._close(_REFUSAL_SECONDS)
 
     def _cancel_timers(self) -> None:
         for timer in (self._login_timer, self._resume_timer):

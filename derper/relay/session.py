@@ -50,10 +50,13 @@ _PEER_GONE_BURST: Final = 3.0
 
 
 class Sink(Protocol):
-    """Where a session's bytes go.  No method may call back into the session before it returns."""
+    """Where a session's bytes go.  No method may call back into the session, or into its router, before it returns."""
 
     def write(self, data: bytes, /) -> None:
         """Queue bytes for the client."""
+
+    def end(self) -> None:
+        """Close the connection soon, after what was written has been sent."""
 
     def abort(self) -> None:
         """Close the connection now, dropping what is unsent."""
@@ -290,7 +293,7 @@ class Session:
 
     def _on_close_peer(self, buffer: bytearray, start: int, end: int, now: float) -> None:
         for session in self.router.sessions_of(bytes(buffer[start:end])):
-            session.sink.abort()
+            session.sink.end()
 
     def _on_ping(self, buffer: bytearray, start: int, end: int, now: float) -> None:
         self.counters.got_ping += 1

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import socket
+import ssl
 from collections.abc import AsyncIterator
 from ipaddress import ip_address
 from itertools import product
 
 import pytest
 
-from derper.wire import frames
+from derper.wire import frames, handshake
 from derper.wire.frames import HEADER, FrameType, PeerGoneReason
-from derper.wire.keys import NodePrivate
+from derper.wire.handshake import ClientInfo
+from derper.wire.keys import NodePrivate, NodePublic
 
 from .conftest import Both, Relays
 from .processes import HANG
-from .raw import Frame, RawClient, RawClients, counted, raw_clients
+from .raw import Frame, RawClient, RawClients, counted, raw_clients, trusting
 from .relays import Relay, RelayOptions
 
 MESH = secrets.token_hex(32)
@@ -356,6 +359,41 @@ async def test_mesh_frames_do_nothing_for_others(meshed: Relay, raw: RawClients)
             mallory.write(frame)
             assert await mallory.rest() == []
     assert await victim.until_echo() == []
+
+
+def how_it_ends(relay: Relay, *data: bytes) -> str:
+    """Log in, write the data, and read until the relay ends the connection: whether it said so in TLS."""
+    with (
+        socket.create_connection((relay.address, relay.options.derp_port), timeout=HANG) as tcp,
+        trusting().wrap_socket(tcp, suppress_ragged_eofs=False) as tls,
+    ):
+        tls.sendall(
+            b"GET /derp HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: DERP\r\nDerp-Fast-Start: 1\r\n\r\n"
+        )
+        tls.sendall(b"".join(data))
+        try:
+            while tls.recv(1 << 16):
+                pass
+        except ssl.SSLEOFError:
+            return "TCP only"
+        return "close_notify"
+
+
+@BOTH_MESHED
+async def test_the_end_of_a_connection_is_told_in_tls(both: Both, raw: RawClients) -> None:
+    """A client can tell it from a connection that was cut: after a bad login, a bad frame, and CLOSE_PEER."""
+    for relay in (both.stock, both.ours):
+        server = NodePublic.parse(relay.key)
+        keys = [NodePrivate.generate() for _ in range(2)]
+        logins = [handshake.client_info_frame(key, server, ClientInfo()) for key in keys]
+        assert await asyncio.to_thread(how_it_ends, relay, frames.ping(b"12345678")) == "close_notify"
+        assert await asyncio.to_thread(how_it_ends, relay, logins[0], frames.watch_conns()) == "close_notify"
+        watcher = await raw.login(relay, mesh_key=MESH)
+        watcher.write(frames.watch_conns())
+        ended = asyncio.create_task(asyncio.to_thread(how_it_ends, relay, logins[1]))
+        await watcher.expect(FrameType.PEER_PRESENT, keys[1].public)
+        watcher.write(frames.close_peer(keys[1].public))
+        assert await ended == "close_notify"
 
 
 # -- ping, home, keep-alive

@@ -60,6 +60,8 @@ class BenchClient:
     def abort(self) -> None:
         self.aborted = True
 
+    end = abort
+
     def feed(self, *frames: bytes, now: float = 0.0) -> None:
         """Frames from the client; they stand somewhere in a shared buffer."""
         data = b"".join((self.tail, *frames))
