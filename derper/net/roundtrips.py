@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 __all__ = ["RoundTrips"]
 
 _INTERVAL: Final = 10.0  # seconds
+_AT_ONCE: Final = 100
+_SHARE: Final = 8  # of all clients at once: more than a tenth, so that the interval is kept
 _BOUNDS: Final = {
     0.010: "10ms",
     0.020: "20ms",
@@ -42,8 +44,13 @@ class RoundTrips:
             self._due.append((now + _INTERVAL, link))
 
     def sample(self, now: float) -> None:
-        """Measure those whose turn it is."""
-        while self._due and self._due[0][0] <= now:
+        """Measure those whose turn it is.  Call it every second.
+
+        Clients that came all at once are spread over the interval, so that no packet waits for all of them.
+        """
+        for _ in range(max(_AT_ONCE, len(self._due) // _SHARE)):
+            if not self._due or self._due[0][0] > now:
+                return
             _, link = self._due.popleft()
             info = link.tcp_info()
             if info is not None:

@@ -182,6 +182,21 @@ def test_round_trips_are_sampled_every_ten_seconds() -> None:
     assert counters.tcp_rtt == {"non-tcp": 1, "10ms": 1, "20ms": 3, "500ms": 3, "inf": 3}
 
 
+def test_clients_that_come_at_once_are_sampled_one_after_the_other() -> None:
+    counters = Counters()
+    trips = RoundTrips(counters)
+    for _ in range(4000):
+        trips.follow(FakeLink(0.01), 100.0)  # type: ignore[arg-type]
+    sampled = []
+    for second in range(110, 130):
+        trips.sample(float(second))
+        sampled.append(counters.tcp_rtt["10ms"])
+    assert sampled[:3] == [500, 1000, 1500]
+    assert sampled[7] == sampled[9] == 4000
+    assert sampled[10] == 4500
+    assert sampled[-1] == 8000
+
+
 def test_round_trips_can_be_left_alone() -> None:
     counters = Counters()
     trips = RoundTrips(counters)
