@@ -30,6 +30,8 @@ SUBPROTOCOL: Final = "derp"
 GOODBYE_SECONDS: Final = 5.0  # for the client's answer to our close frame, as coder/websocket
 _LONGEST_OUT: Final = 32 << 10  # of a message: stock clients take no longer ones (coder/websocket, defaultReadLimit)
 _LONGEST_IN: Final = HEADER_LEN + 2 * KEY_LEN + MAX_PACKET  # any DERP frame fits into a message
+_FRAMES_AT_ONCE: Final = 64
+_BYTES_AT_ONCE: Final = 1 << 10
 _TEXT: Final = "unexpected frame type read (expected MessageBinary): MessageText"
 
 
@@ -99,6 +101,7 @@ class WebSocket(asyncio.Transport, asyncio.Protocol):
         self._loop = loop
         self._link: Link | None = None
         self._protocol = Protocol(Side.SERVER, max_size=_LONGEST_IN)
+        self._unparsed = memoryview(b"")
         self._received: deque[memoryview] = deque()  # for the link, when it reads again
         self._is_feeding = False
         self._is_reading = True
@@ -111,14 +114,8 @@ class WebSocket(asyncio.Transport, asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Messages for the link, pings to answer, or a close."""
-        if self._transport is None:
-            return
-        self._protocol.receive_data(data)
-        self._take(self._protocol.events_received())
-        self._answer()
-        self._feed()
-        if self._protocol.close_expected():
-            self._leave()
+        self._unparsed = memoryview(bytes(self._unparsed) + data if self._unparsed else data)
+        self._parse()
 
     def eof_received(self) -> bool:
         """The client closed its side: close ours."""
@@ -127,6 +124,7 @@ class WebSocket(asyncio.Transport, asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone, whoever ended it."""
         self._transport = None
+        self._unparsed = memoryview(b"")
         if self._timer is not None:
             self._timer.cancel()
         self._protocol.parser.close()  # it holds the protocol, which holds it
@@ -184,7 +182,7 @@ class WebSocket(asyncio.Transport, asyncio.Protocol):
         """Go on; what came meanwhile is handed over in the next turn of the loop."""
         self._is_reading = True
         if self._transport is not None and not self._transport.is_closing():
-            self._transport.resume_reading()
+            self._read_again()
             self._loop.call_soon(self._feed)
 
     def is_closing(self) -> bool:
@@ -214,6 +212,34 @@ class WebSocket(asyncio.Transport, asyncio.Protocol):
         self._expect_the_end()
 
     # -- between the two --------------------------------------------------------------------------------
+
+    def _parse(self) -> None:
+        """Use what was read.  After `_FRAMES_AT_ONCE` it is the turn of others: a frame is work, however short."""
+        frames = 0
+        while self._unparsed and self._transport is not None:
+            if frames >= _FRAMES_AT_ONCE:
+                self._transport.pause_reading()
+                self._loop.call_soon(self._go_on)
+                return
+            piece, self._unparsed = self._unparsed[:_BYTES_AT_ONCE], self._unparsed[_BYTES_AT_ONCE:]
+            self._protocol.receive_data(bytes(piece))
+            events = self._protocol.events_received()
+            frames += len(events)
+            self._take(events)
+            self._answer()
+            self._feed()
+            if self._protocol.close_expected():
+                self._leave()
+
+    def _go_on(self) -> None:
+        self._parse()
+        self._read_again()
+
+    def _read_again(self) -> None:
+        """Unless the link wants no more, or has not had all."""
+        transport = self._transport
+        if transport is not None and self._is_reading and not self._unparsed and not transport.is_closing():
+            transport.resume_reading()
 
     def _take(self, events: Iterable[Event]) -> None:
         for frame in events:

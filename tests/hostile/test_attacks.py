@@ -13,6 +13,7 @@ import pytest
 from derper.wire import frames
 from derper.wire.keys import NodePrivate
 
+from ..interop.processes import HANG
 from .kit import FAST, MIB, Figures, HostileRelay, Raw, at_once, bystanders, login_of, relay
 
 SHORT = (
@@ -264,6 +265,69 @@ async def test_requests_that_never_end(node: HostileRelay) -> None:
 
         await at_once(200, 200, linger)
         await node.as_before(before)
+
+
+async def test_websockets_that_misbehave(node: HostileRelay) -> None:
+    """Text, no mask, lengths of 2^62, fragments without an end, pings without reading, a login in bytes."""
+    login = login_of(NodePrivate.generate(), node.server_key)
+    talk = (
+        message(b"text", kind=1),
+        message(login).replace(b"\xfe", b"\x7e", 1),  # not masked
+        b"\x82\xff\x40" + bytes(11),
+        message(login) + message(b"", fin=0) + message(b"", kind=0, fin=0) * 2000,
+        message(login) + message(b"ping" * 30, kind=9) * 5000,
+        b"".join(message(bytes([byte])) for byte in login + frames.ping(b"12345678") * 100),
+        message(login, fin=0xC0),
+        message(login) + message(frames.HEADER.pack(4, 1 << 20)),
+    )
+    async with bystanders(node, "200 WebSocket clients that misbehave"):
+        before = await settled(node)
+
+        async def misbehave(number: int) -> None:
+            raw = await node.connect()
+            raw.send(WEBSOCKET)
+            await raw.reader.readuntil(b"\r\n\r\n")
+            raw.stop_reading()
+            raw.send(talk[number % len(talk)])
+            await asyncio.sleep(0.05)
+            raw.reset()
+
+        await at_once(200, 20, misbehave)
+        await node.as_before(before)
+
+
+async def test_a_websocket_of_tiny_frames(node: HostileRelay) -> None:
+    """A frame is work whatever is in it: one client sends them as fast as it can."""
+    async with bystanders(node, "100,000 WebSocket frames of a byte"):
+        before = await settled(node)
+        raw = await node.connect()
+        raw.send(WEBSOCKET, message(login_of(NodePrivate.generate(), node.server_key)))
+        unknown = frames.HEADER.pack(0x42, 100_000)
+        raw.send(b"".join(message(bytes([byte])) for byte in unknown))
+        for _ in range(100):
+            raw.send(message(b"x") * 1000)
+            await raw.writer.drain()
+        raw.send(message(frames.ping(b"12345678")))
+        found = b""
+        while b"12345678" not in found:
+            async with asyncio.timeout(HANG):
+                found += await raw.reader.readexactly(1)
+        await raw.close()
+        await node.as_before(before)
+
+
+WEBSOCKET = (
+    b"GET /derp HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"Sec-WebSocket-Protocol: derp\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Key: MDEyMzQ1Njc4OTAxMjM0NQ==\r\n\r\n"
+)
+
+
+def message(payload: bytes, *, kind: int = 2, fin: int = 0x80) -> bytes:
+    """A frame of a WebSocket client, masked with zeros."""
+    size = len(payload)
+    length = bytes((0x80 | size,)) if size < 126 else b"\xfe" + size.to_bytes(2, "big")
+    return bytes((fin | kind,)) + length + bytes(4) + payload
 
 
 def client_hello() -> bytes:

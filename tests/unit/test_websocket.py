@@ -19,6 +19,7 @@ from derper.wire import frames, handshake
 from derper.wire.frames import FrameType
 from derper.wire.handshake import ClientInfo
 
+from ..fuzz.targets._wire import Stranger
 from .loopback import FAST, PATIENCE, LoopbackRelay, RawClient, private, relay, until
 
 pytestmark = pytest.mark.both_loops
@@ -396,3 +397,28 @@ async def test_fast_start_means_nothing_here(node: LoopbackRelay) -> None:
     client = await node.connect()
     client.send(UPGRADE[:-2] + FAST[FAST.index(b"Derp-Fast-Start") :])
     assert (await client.head()).startswith(b"HTTP/1.1 101 ")
+
+
+def test_after_some_frames_it_is_the_turn_of_others() -> None:
+    """A frame is work, however short: thousands of them in one read must not hold up everybody."""
+    stranger = Stranger()
+    stranger.says(UPGRADE)
+    pings = b"".join(Frame(Opcode.PING, b"").serialize(mask=True) for _ in range(1000))
+    stranger.wire.written.clear()
+    stranger.wire.feed(pings)
+    assert 0 < len(stranger.wire.written) // 2 < 300  # a pong has two bytes
+    assert not stranger.wire.is_reading()
+    stranger.wire.feed(b"")
+    stranger.timers.turn()
+    assert len(stranger.wire.written) // 2 == 1000
+    assert stranger.wire.is_reading()
+    stranger.leaves()
+
+
+def test_frames_that_wait_for_their_turn_go_with_the_connection() -> None:
+    stranger = Stranger()
+    stranger.says(UPGRADE)
+    stranger.wire.feed(b"".join(Frame(Opcode.PING, b"").serialize(mask=True) for _ in range(1000)))
+    stranger.wire.written.clear()
+    stranger.leaves()
+    assert not stranger.wire.written
