@@ -113,6 +113,12 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
+def _key_lists(text: str) -> tuple[str, ...]:
+    if not (found := _words(text)):  # an unset variable must not open the relay
+        raise ValueError("one or more files, separated by commas")
+    return found
+
+
 def networks(text: str) -> tuple[Network, ...]:
     """Addresses and networks, separated by commas.  Raises ValueError with a noun for what they should be."""
     try:
@@ -163,6 +169,7 @@ _HOST_NAME: Final = Value(goflag.text, _host_name)
 _HOME: Final = Value(goflag.text, _home)
 _URLS: Final = Value(goflag.text, _urls)
 _WORDS: Final = Value(goflag.text, _words)
+_KEY_LISTS: Final = Value(goflag.text, _key_lists)
 _NETWORKS: Final = Value(goflag.text, networks)
 _MESH_WITH: Final = Value(goflag.text, _mesh_with)
 
@@ -222,7 +229,7 @@ FLAGS: Final = (
     Flag(
         "admission-keys",
         "admission_keys",
-        _WORDS,
+        _KEY_LISTS,
         "files with keys of clients that are always admitted, one nodekey:<hex> per line",
     ),
     Flag("accept-connection-limit", "accept_per_second", _NUMBER, "new connections per second (+Inf: no limit)"),

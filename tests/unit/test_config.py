@@ -259,6 +259,8 @@ LETSENCRYPT = (
             ("-secrets-url", "https://x"),
             "-secrets-url is not supported: put the mesh key into a file and name it in -mesh-psk-file",
         ),
+        (("-admission-keys", " ,"), "-admission-keys must be one or more files, separated by commas, not ' ,'"),
+        (("-admission-keys=",), "-admission-keys must be one or more files, separated by commas, not ''"),
         (("-node", "x"), "-node only goes with -settings"),
         (("-settings", "/s"), "-settings needs -node, the name of this relay in the settings file"),
         (
