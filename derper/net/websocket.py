@@ -244,8 +244,6 @@ class WebSocket(asyncio.Transport, asyncio.Protocol):
     def _take(self, events: Iterable[Event]) -> None:
         for frame in events:
             assert isinstance(frame, Frame)  # the others come during a handshake
-            if self._link is None:
-                return
             if frame.opcode is Opcode.TEXT:
                 self._protocol.fail(CloseCode.UNSUPPORTED_DATA, _TEXT)
                 return

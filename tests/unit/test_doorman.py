@@ -282,6 +282,7 @@ async def test_a_page_for_one_who_reads_slowly() -> None:
         assert max(peak) < 1 << 20
         client.send(FAST, login(node))
         assert (await client.frame())[0] == FrameType.SERVER_KEY
+        assert not runner.server.connections  # else aiohttp would close it when it has been idle for long
     await runner.cleanup()
 
 
@@ -418,12 +419,16 @@ async def test_pages(node: LoopbackRelay, method: bytes, path: bytes, status: in
 
 
 async def test_a_body_that_comes_later_reaches_its_handler() -> None:
+    """And once it is there, the page may take its time."""
     bodies: asyncio.Queue[bytes] = asyncio.Queue()
 
     async def keep(request: web.Request) -> web.Response:
         bodies.put_nowait(await request.read())
+        assert request.transport is not None
+        seen.append(request.transport.get_protocol()._timer)  # type: ignore[attr-defined]
         return web.Response(text="kept")
 
+    seen: list[object] = []
     app = web.Application()
     app.router.add_post("/keep", keep)
     runner = web.AppRunner(app, access_log=None)
@@ -438,6 +443,7 @@ async def test_a_body_that_comes_later_reaches_its_handler() -> None:
         client.send(b"67890")
         assert (await client.head()).startswith(b"HTTP/1.1 200 ")
         assert bodies.get_nowait() == b"1234567890"
+        assert seen == [None]
     await runner.cleanup()
 
 

@@ -289,14 +289,14 @@ async def test_nothing_is_left(node: LoopbackRelay) -> None:
     """No cycle keeps a socket until some garbage collection."""
     client = await logged_in(node)
     (link,) = node.hub.links
-    socket = weakref.ref(link._transport)
+    left = [weakref.ref(link._transport), weakref.ref(link._transport._protocol)]  # type: ignore[attr-defined]
     del link
     gc.collect()
     gc.disable()
     try:
         await client.raw.close()
         await until(lambda: not node.hub.links)
-        await until(lambda: socket() is None)
+        await until(lambda: not any(ref() for ref in left))
     finally:
         gc.enable()
 
@@ -305,14 +305,20 @@ async def test_nothing_is_left(node: LoopbackRelay) -> None:
 
 
 async def test_a_rate_limit_holds_for_messages() -> None:
-    """What was read and may not be used yet waits; the end of it arrives all the same."""
+    """What was read and may not be used yet waits, in the middle of a message too; all of it arrives."""
     async with relay(limits=Limits(client_bytes_per_second=200_000, client_burst_bytes=2000)) as node:
         client, other = await logged_in(node), await plain(node)
-        for n in range(200):
-            client.send(frames.send_packet(BOB.public, b"%04d" % n * 200))
+        (link,) = [link for link in node.hub.links if link.session and link.session.key == ALICE.public]
+        packets = [frames.send_packet(BOB.public, b"%04d" % n * 200) for n in range(200)]
+        messages = [Frame(Opcode.BINARY, b"".join(packets[n : n + 50])) for n in range(0, 200, 50)]
+        link._transport.data_received(  # type: ignore[attr-defined]
+            b"".join(message.serialize(mask=True) for message in messages)
+        )
+        assert node.hub.counters.packets_received < 150
+        assert node.hub.counters.rate_limit_waits == 1
         for n in range(200):
             assert await other.frame() == (FrameType.RECV_PACKET, ALICE.public + b"%04d" % n * 200)
-        assert node.hub.counters.rate_limit_waits > 0
+        await client.raw.close()
 
 
 async def test_a_stalled_browser_is_dropped_and_costs_only_its_own_packets() -> None:
@@ -359,16 +365,51 @@ async def test_a_browser_that_reads_again_gets_what_waited() -> None:
         assert client.pongs == [b"099"]
 
 
+class Deaf(asyncio.Transport):
+    """A socket whose other side takes everything and answers nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended = ""
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        pass
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        pass
+
+    def is_closing(self) -> bool:
+        return bool(self.ended)
+
+    def close(self) -> None:
+        self.ended = "close"
+
+    def abort(self) -> None:
+        self.ended = "abort"
+
+
 async def test_an_abort_after_the_goodbye_is_one(node: LoopbackRelay) -> None:
-    client = await logged_in(node)
-    (link,) = node.hub.links
-    socket = link._transport
+    deaf = Deaf()
+    socket = websocket.WebSocket(deaf, node.hub.loop)
     socket.close()
+    assert deaf.ended == "close"
     socket.abort()
-    assert socket.is_closing()
-    await until(lambda: not node.hub.links)
-    await until(lambda: socket._transport is None)  # type: ignore[attr-defined]
-    await client.closed()
+    assert deaf.ended == "abort"
+    socket.connection_lost(None)
+
+
+async def test_nothing_is_kept_of_what_comes_after_the_goodbye(node: LoopbackRelay) -> None:
+    socket = websocket.WebSocket(Deaf(), node.hub.loop)
+    socket.end(CloseCode.NORMAL_CLOSURE)
+    socket.data_received(Frame(Opcode.BINARY, b"x" * 60_000).serialize(mask=True))
+    assert not socket._received
+    socket.connection_lost(None)
 
 
 async def test_admission_is_waited_for(node: LoopbackRelay) -> None:
