@@ -168,10 +168,7 @@ class Debug:
             now = {link: info for link in tuple(self._hub.links) if (info := link.tcp_info()) is not None}
             moved = [link for link, info in now.items() if _moved(before.get(link), info)]
             lines = [_traffic_line(link, now[link]) for link in moved if link.session is not None]
-            try:
-                await response.write("".join([*lines, "\n"]).encode())
-            except ConnectionError:
-                break
+            await response.write("".join([*lines, "\n"]).encode())  # aiohttp ends the page when nobody reads it
             before = now
             await asyncio.sleep(_TRAFFIC_SECONDS)
         return response

@@ -17,6 +17,7 @@ from derper import certs
 from derper.certs import CertificatePair
 from derper.client import Client, Endpoint, Options, dial_endpoint
 from derper.net.admission import Admission
+from derper.net.debug import Access, Debug, Facts
 from derper.net.doorman import Doorman, Reception
 from derper.net.http import Site, connections, public_app
 from derper.net.hub import Hub
@@ -45,6 +46,12 @@ __all__ = [
 HOST_NAME = "node.derp.internal"
 UPGRADE = b"GET /derp HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: DERP\r\n\r\n"
 FAST = UPGRADE[:-2] + b"Derp-Fast-Start: 1\r\n\r\n"
+FACTS = Facts(
+    title=lambda: {"Uptime": "1h", "<Version>": "&"},
+    vars=lambda: '{"a": 1}\n',
+    varz=lambda: "a 1\n",
+    clients=lambda: ({"number": number, "name": "<x>"} for number in range(1002)),
+)
 PATIENCE = 30.0  # seconds; only to end a hang
 
 
@@ -176,7 +183,7 @@ async def relay(
     server_tls = ServerTLS(hub.private_key.public.hex())
     if tls:
         server_tls.load([pair_for(HOST_NAME)], datetime.now(UTC))
-    app = public_app(Site(hub.counters, home, serve_derp), tls=tls)
+    app = public_app(Site(hub.counters, home, serve_derp, debug=Debug(Access(), hub, FACTS)), tls=tls)
     runner = web.AppRunner(app, access_log=None, handle_signals=False)
     await runner.setup()
     assert runner.server is not None
