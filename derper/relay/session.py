@@ -44,6 +44,8 @@ _RECV_PACKET: Final = int(FrameType.RECV_PACKET)
 
 _CONTROL_BOUND: Final = 64 << 10  # bytes of control frames that may wait for a client that does not read
 _MESH_CONTROL_BOUND: Final = 16 << 20  # the same for a watcher, which is told of every client
+_CHATTER: Final = 500  # frames in one read, beside packets of usual size
+_CHATTER_READ: Final = 2 << 10  # bytes to read at a time from a client that sends so many
 _HOME_MOVE_AFTER: Final = 5.0  # seconds; an earlier NOTE_PREFERRED is part of connecting, not a move
 _PEER_GONE_RATE: Final = 1.0
 _PEER_GONE_BURST: Final = 3.0
@@ -136,7 +138,7 @@ class Session:
         self._skip = 0  # bytes of an unknown frame that are still to come
         self._left = 0  # bytes that `receive` did not use
         self._bucket: TokenBucket | None = None
-        self.read_limit = 0  # bytes to read at a time while there is a bucket, else 0
+        self.read_limit = 0  # bytes to read at a time, 0 for as many as there are
         self._gone_bucket: TokenBucket | None = None
         # Made when first needed: most clients never fall behind.
         self._queue: deque[tuple[float, bytes]] | None = None
@@ -156,6 +158,7 @@ class Session:
         pos = self._skipped(start, end)
         if self.is_duplicate and self._begins_frame(buffer, pos, end):
             self.router.note_activity(self)
+        handled = 0
         while True:
             pos = self._packets(buffer, pos, end, now)
             self._left = end - pos
@@ -173,6 +176,14 @@ class Session:
                 pos = body + length
             else:
                 return pos
+            handled += 1
+            if handled == _CHATTER:
+                self._read_less()
+
+    def _read_less(self) -> None:
+        """Too many frames that are no packets came at once: each is work, so this client's turns become shorter."""
+        if not self.can_mesh:
+            self.read_limit = min(self.read_limit or _CHATTER_READ, _CHATTER_READ)
 
     def _check_head(self, kind: int, length: int) -> None:
         """A frame that must not be ends the connection at its head: nothing of it is waited for."""

@@ -248,6 +248,25 @@ async def test_frames_that_are_none(node: HostileRelay) -> None:
         await node.as_before(before)
 
 
+async def test_two_clients_that_chatter(node: HostileRelay) -> None:
+    """Megabytes of frames without content, and of pings: each is work, and each is read only in its turn."""
+    async with bystanders(node, "two clients that send a million tiny frames"):
+        before = await settled(node)
+        quiet, pinging = await node.log_in(), await node.log_in()
+        pongs = asyncio.create_task(pinging.rest())
+        for _ in range(50):
+            quiet.send(frames.HEADER.pack(0x42, 0) * 10_000)
+            pinging.send(frames.ping(b"12345678") * 500)
+            await quiet.writer.drain()
+            await pinging.writer.drain()
+        quiet.send(frames.ping(b"the end."))
+        assert await quiet.frame() == (frames.FrameType.PONG, b"the end.")
+        await quiet.close()
+        pinging.reset()
+        await pongs
+        await node.as_before(before)
+
+
 async def test_requests_that_never_end(node: HostileRelay) -> None:
     """On a connection whose first request was answered: a second head without an end, and a body that never comes."""
     async with bystanders(node, "200 slow requests on kept connections"):

@@ -380,6 +380,20 @@ def test_a_client_is_throttled_when_its_bucket_is_empty(bench: Bench) -> None:
     assert alice.session.throttle(1 << 30, 0.0) == 0.0
 
 
+def test_a_client_that_chatters_is_read_in_small_pieces(bench: Bench) -> None:
+    """Thousands of empty frames in one read hold up everybody for its length."""
+    for frame in (frames.ping(b"12345678"), frames.frame(0x42), frames.send_packet(B, b"")):
+        alice, peer = bench.client(1), bench.client(9, mesh=True)
+        for client in (alice, peer):
+            client.feed(frame * 499, frames.send_packet(B, bytes(100)) * 1000)
+            assert client.session.read_limit == 0
+            client.feed(frame * 500)
+        assert 0 < alice.session.read_limit <= 4096
+        assert peer.session.read_limit == 0
+        bench.leave(alice)
+        bench.leave(peer)
+
+
 # -- properties
 
 FRAMES = st.one_of(
