@@ -13,6 +13,7 @@ from aiohttp import web
 
 from ..relay.counters import Counters
 from ..relay.session import Remote
+from ..wire.head import HEAD_BYTES
 from .bootstrap_dns import BootstrapDNS
 from .debug import Debug
 from .mux import BROWSER_HEADERS, Handler, Mux, client_of, error, redirect, target_of
@@ -22,6 +23,8 @@ __all__ = ["Site", "connections", "public_app", "redirect_app"]
 
 _CHALLENGE: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _NO_STORE: Final = "no-cache, no-store, must-revalidate, no-transform, max-age=0"
+# The doorman has bounded the head, and its escapes make it at most three times as long.
+_NO_LIMITS: Final = dict.fromkeys(("max_headers", "max_line_size", "max_field_size"), 4 * HEAD_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,7 @@ def connections(server: web.Server, keep_alive: float) -> Callable[[Remote, Call
     What is given beside the client is called after each answer.
     """
     loop = asyncio.get_running_loop()
-    options: dict[str, Any] = {"access_log": None, "keepalive_timeout": keep_alive}
+    options: dict[str, Any] = {"access_log": None, "keepalive_timeout": keep_alive, **_NO_LIMITS}
 
     def connection(remote: Remote, answered: Callable[[], None]) -> Connection:
         made = Connection(server, loop=loop, **options)

@@ -8,8 +8,9 @@ conn.readRequest; net/textproto/reader.go; net/url/url.go)
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 from urllib.parse import quote, unquote_to_bytes
 
 __all__ = ["HEAD_BYTES", "Head", "HeadError", "HeadReader", "clean_path"]
@@ -95,7 +96,7 @@ class HeadReader:
     def __init__(self) -> None:
         self._buffer = bytearray()
         self._start = self._scanned = 0  # of the line at hand; and how far it has been searched for its end
-        self._request: tuple[str, str, tuple[int, int]] | None = None
+        self._request: _Request | None = None
         self._fields: list[tuple[str, str]] = []
         self._odd_name = False
 
@@ -143,29 +144,40 @@ class HeadReader:
 
     def _head(self) -> Head:
         assert self._request is not None
-        method, target, version = self._request
+        request = self._request
         hosts = [value for name, value in self._fields if name == "host"]
         if len(hosts) > 1:
             raise HeadError
-        host, path, query = _target(method, target)
-        head = Head(method, target, path, query, version, tuple(self._fields), host or "".join(hosts), 0)
-        body = _body(head)
-        if version[0] != 1 and (method, target, version) != ("PRI", "*", (2, 0)):
+        body = _body(request.version, self._fields)
+        if request.version[0] != 1 and (request.method, request.target, request.version) != ("PRI", "*", (2, 0)):
             raise _explained("505 HTTP Version Not Supported", "unsupported protocol version")
-        if version[0] == 1 and version >= (1, 1) and not hosts and method != "CONNECT":
+        if request.version[0] == 1 and request.version >= (1, 1) and not hosts and request.method != "CONNECT":
             raise _explained("400 Bad Request", "missing required Host header")
         if not all(_HOST.fullmatch(value) for value in hosts):
             raise _explained("400 Bad Request", "malformed Host header")
         if self._odd_name:
             raise _explained("400 Bad Request", "invalid header name")
-        return Head(method, target, path, query, version, head.fields, head.host, body)
+        host = request.host or "".join(hosts)
+        fields = tuple(self._fields)
+        return Head(request.method, request.target, request.path, request.query, request.version, fields, host, body)
 
 
 def _explained(status: str, why: str) -> HeadError:
     return HeadError(f"{status}: {why}")
 
 
-def _request_line(line: str) -> tuple[str, str, tuple[int, int]]:
+class _Request(NamedTuple):
+    """What the first line says."""
+
+    method: str
+    target: str
+    version: tuple[int, int]
+    host: str
+    path: str
+    query: str
+
+
+def _request_line(line: str) -> _Request:
     parts = line.split(" ", 2)
     if len(parts) != 3:
         raise HeadError
@@ -173,8 +185,7 @@ def _request_line(line: str) -> tuple[str, str, tuple[int, int]]:
     version = _VERSION.fullmatch(protocol)
     if version is None or not _METHOD.fullmatch(method):
         raise HeadError
-    _target(method, target)
-    return method, target, (int(version[1]), int(version[2]))
+    return _Request(method, target, (int(version[1]), int(version[2])), *_target(method, target))
 
 
 def _target(method: str, raw: str) -> tuple[str, str, str]:
@@ -203,14 +214,14 @@ def _target(method: str, raw: str) -> tuple[str, str, str]:
     return host, quote(rest.encode("latin-1"), safe=_IN_PATH), query
 
 
-def _body(head: Head) -> int | None:
+def _body(version: tuple[int, int], fields: Iterable[tuple[str, str]]) -> int | None:
     """How long the body is (net/http/transfer.go, readTransfer)."""
-    encodings = head.all("transfer-encoding") if head.version >= (1, 1) else []
+    encodings = [value for name, value in fields if name == "transfer-encoding"] if version >= (1, 1) else []
     if encodings:
         if [encoding.lower() for encoding in encodings] != ["chunked"]:
             raise HeadError("501 Not Implemented", "Unsupported transfer encoding")
         return None
-    lengths = {value.strip() for value in head.all("content-length")}
+    lengths = {value for name, value in fields if name == "content-length"}
     if not lengths:
         return 0
     length = lengths.pop()

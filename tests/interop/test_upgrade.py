@@ -235,6 +235,10 @@ async def test_lenient_heads(both: Both) -> None:
         "bare line feeds": get("/generate_204").replace(b"\r\n", b"\n"),
         "folded": get("/generate_204", "X-Tailscale-Challenge:", " ts_x"),
         "HTTP/1.7": get("/generate_204", version="HTTP/1.7"),
+        "many fields": get("/generate_204", *(f"X{n}: y" for n in range(500))),
+        "a long field": get("/generate_204", "X: " + "\xe9" * 8000),
+        "a long query": get("/generate_204?" + "\xe9" * 8000),
+        "odd queries": get('/generate_204?a="<>`{}|\\^#'),
     }
     assert {tuple(one.statuses) for one in (await same(both, pages)).values()} == {(204,)}
 
