@@ -30,7 +30,7 @@ log = logging.getLogger("derper")
 
 _KEEP_ALIVE_JITTER: Final = 5  # seconds
 _TICK: Final = 1.0
-_LOOK: Final = 0.5  # seconds between looks for stalled clients
+_LOOK: Final = 0.1  # seconds between looks for stalled clients
 _READ_BUFFER: Final = 2 * MAX_CLIENT_INFO  # the longest frame that must be held whole, and as much again to read into
 
 

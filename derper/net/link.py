@@ -46,6 +46,7 @@ class Link(asyncio.BufferedProtocol):
         "_session",
         "_tail",
         "_transport",
+        "tcp_descriptor",
     )
 
     def __init__(self, hub: Hub, remote: Remote, *, not_ideal: bool) -> None:
@@ -57,6 +58,8 @@ class Link(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport
         self._login_timer: asyncio.TimerHandle | None = None
         self._resume_timer: asyncio.TimerHandle | None = None
+        #: of a client that has logged in over TCP, where the system tells what it has acknowledged
+        self.tcp_descriptor: int | None = None
 
     def take_over(self, transport: asyncio.Transport, greeting: bytes, early: bytes) -> None:
         """Make this link the transport's protocol, send `greeting` and the server's key, and use the `early` bytes."""
@@ -123,7 +126,7 @@ class Link(asyncio.BufferedProtocol):
         """
         if self._session is not None:
             self._session.write = self._transport.write
-            self._hub.stalls.written.add(self)
+            self._hub.stalls.note_write(self)
         self._transport.write(data)
 
     def end(self) -> None:
@@ -165,11 +168,6 @@ class Link(asyncio.BufferedProtocol):
             self._resume_reading()
 
     # -- what the hub sees when it looks for stalled clients ---------------------------------------------
-
-    @property
-    def tcp_descriptor(self) -> int | None:
-        """The socket, if it is one of TCP that tells what the client has acknowledged."""
-        return None if self.tcp_info() is None else int(self._transport.get_extra_info("socket").fileno())
 
     @property
     def acknowledged(self) -> int:
@@ -289,6 +287,8 @@ class Link(asyncio.BufferedProtocol):
             not_ideal=self._not_ideal,
         )
         self._session = session
+        if self.tcp_info() is not None:
+            self.tcp_descriptor = self._transport.get_extra_info("socket").fileno()
         hub.join(session)
         hub.round_trips.follow(self, session.connected_at)
         self.write(handshake.server_info_frame(hub.private_key, key, ServerInfo()))

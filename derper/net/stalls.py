@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import select
 from collections.abc import Iterable
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -19,30 +20,38 @@ if TYPE_CHECKING:
 __all__ = ["Stalls"]
 
 _LEAST: Final = 2 << 10  # bytes; who acknowledges so many within its time has not stalled
+_AT_ONCE: Final = 500  # links to look at; it takes a microsecond each, and the loop waits
 
 
 class Stalls:
     """Knows for how long each client has taken nothing of what waits for it."""
 
     def __init__(self) -> None:
-        self.written: set[Link] = set()  #: links that were written to since they were last found empty
-        self._since: dict[Link, tuple[float, int]] = {}  # link -> when it last took something, all it had taken then
+        self._written: dict[Link, None] = {}  # who was written to and not looked at since, in order
+        self._since: dict[Link, tuple[float, int]] = {}  # full link -> when it last took something, all it had then
+
+    def note_write(self, link: Link) -> None:
+        """The link was written to.  Until its `note_next_write` is called there is no need to say so again."""
+        self._written[link] = None
 
     def forget(self, link: Link) -> None:
         """It is closed."""
-        self.written.discard(link)
+        self._written.pop(link, None)
         self._since.pop(link, None)
 
     def look(self, paused: Iterable[Link], now: float) -> list[tuple[Link, float]]:
         """The links whose sockets are full, and for how many seconds each has taken nothing.
 
-        `paused` are those of which the loop has said so.  Call it several times within the shortest time-out.
+        `paused` are those of which the loop has said so.  Call it often within the shortest time-out: each call looks
+        at a part of the links.
         """
+        looked_at = {*islice(self._written, _AT_ONCE), *self._since}
         full = set(paused)
-        full |= _full(self.written - full)
-        for link in self.written - full:
-            link.note_next_write()
-        self.written &= full
+        full |= _full(looked_at - full)
+        for link in looked_at:
+            self._written.pop(link, None)
+            if link not in full:
+                link.note_next_write()
         self._since = {link: self._taken(link, now) for link in full}
         return [(link, now - since) for link, (since, _) in self._since.items()]
 

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from derper.net import link as link_module
+from derper.net import stalls as stalls_module
 from derper.net.admission import Address, Admission
 from derper.net.doorman import Doorman, Reception
 from derper.net.hub import Hub, MeshKeys, _Wheel
@@ -337,8 +338,15 @@ async def stalled(node: LoopbackRelay, key: NodePrivate, info: ClientInfo | None
     return client
 
 
+def only_the_test_looks(node: LoopbackRelay) -> None:
+    """For stalled clients: the hub does not."""
+    assert node.hub._look_timer is not None
+    node.hub._look_timer.cancel()
+
+
 async def test_a_client_that_does_not_read_costs_nobody_else() -> None:
     async with relay() as node:
+        only_the_test_looks(node)
         alice, carol = await logged_in(node, ALICE), await logged_in(node, CAROL)
         await stalled(node, BOB)
         session, counters = node.session(BOB), node.hub.counters
@@ -350,8 +358,9 @@ async def test_a_client_that_does_not_read_costs_nobody_else() -> None:
         assert len(session._queue) == 32
         assert sum(counters.packets_dropped.values()) >= 68
         (link,) = node.hub.paused
-        look = node.hub.stalls.look
-        assert look([link], session.paused_since + 2.0) == [(link, 2.0)]
+        ((found, seconds),) = node.hub.stalls.look([link], session.paused_since + 2.0)
+        assert found is link
+        assert seconds == pytest.approx(2.0)
         link.stalled(2.0)
         assert not link._transport.is_closing()
         link.stalled(2.1)
@@ -429,6 +438,7 @@ async def test_a_client_with_little_traffic_that_does_not_read_is_noticed() -> N
     """Long before so much waits that the transport complains."""
     async with relay() as node:
         alice, bob = await logged_in(node, ALICE), await stalled(node, BOB)
+        only_the_test_looks(node)
         session, hub, now = node.session(BOB), node.hub, 1000.0
         (link,) = [link for link in hub.links if link.session is session]
         while not (found := hub.stalls.look(hub.paused, now)):
@@ -441,20 +451,19 @@ async def test_a_client_with_little_traffic_that_does_not_read_is_noticed() -> N
         transport.resume_reading()
         await bob.frame()
         await until(lambda: not hub.stalls.look((), now + 3.0))
-        assert hub.stalls.written == set()
 
 
-async def test_only_the_first_write_after_a_look_is_noted(node: LoopbackRelay) -> None:
+async def test_only_the_first_write_after_a_look_is_noted(node: LoopbackRelay, monkeypatch: pytest.MonkeyPatch) -> None:
     alice = await logged_in(node, ALICE)
     (link,) = node.hub.links
     session, stalls = node.session(ALICE), node.hub.stalls
     for _ in range(2):
         assert stalls.look((), 0.0) == []
-        assert (stalls.written, session.write) == (set(), link.write)
+        assert (list(stalls._written), session.write) == ([], link.write)
         for _ in range(2):
             alice.send(frames.ping(bytes(8)))
             await alice.frame()
-            assert (stalls.written, session.write) == ({link}, link._transport.write)
+            assert (list(stalls._written), session.write) == ([link], link._transport.write)
 
 
 async def test_who_is_closed_is_gone_at_once(node: LoopbackRelay, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -500,6 +509,23 @@ class SlowLink:
     def __init__(self) -> None:
         self.acknowledged = 0
         self.paused_since = 10.0
+        self.found_empty = 0
+
+    def note_next_write(self) -> None:
+        self.found_empty += 1
+
+
+def test_only_so_many_links_are_looked_at_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stalls_module, "_AT_ONCE", 3)
+    stalls, links = Stalls(), [SlowLink() for _ in range(7)]
+    some: list[Any] = list(links)
+    for link in some:
+        stalls.note_write(link)
+    stalls.forget(some[0])
+    for found in (3, 6, 6):
+        stalls.look(some[:1], 20.0)
+        assert sum(link.found_empty for link in links) == found
+    assert [link.found_empty for link in links] == [0, 1, 1, 1, 1, 1, 1]
 
 
 def test_a_client_that_reads_slowly_has_not_stalled() -> None:
