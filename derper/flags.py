@@ -32,7 +32,6 @@ class MeshHost:
         return host + port + ("" if self.dial_host == self.host else f"/{self.dial_host}")
 
 
-_GO_KEEP_ALIVE: Final = 15.0  # seconds
 _SERVICES: Final = {"http": 80, "https": 443}  # not every system has a list of them
 _DNS_NAME: Final = re.compile(
     r"(?=.{1,253}\.?$)([A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\.)*[A-Za-z0-9_-]{1,63}\.?"
@@ -43,11 +42,6 @@ def _seconds(value: float) -> float:
     if value < 0:
         raise ValueError("a duration that is not negative")
     return value
-
-
-def _keep_alive(value: float) -> float:
-    """Go's net.ListenConfig: 0 for its default, less for none."""
-    return max(value, 0.0) if value else _GO_KEEP_ALIVE
 
 
 def _port_or_none(value: int) -> int:
@@ -160,7 +154,7 @@ class Value:
 _TEXT: Final = Value(goflag.text)
 _SWITCH: Final = Value(goflag.boolean)
 _DURATION: Final = Value(goflag.duration, _seconds)
-_KEEP_ALIVE: Final = Value(goflag.duration, _keep_alive)
+_ANY_DURATION: Final = Value(goflag.duration)
 _PORT: Final = Value(goflag.integer, _port_or_none)
 _NUMBER: Final = Value(goflag.floating, _number)
 _COUNT: Final = Value(goflag.integer, _count)
@@ -240,7 +234,7 @@ FLAGS: Final = (
         "new connections at once; -accept-connection-limit means nothing without it",
     ),
     Flag("rate-config", "rate_config", _TEXT, "JSON file with rate limits, read again when it changes"),
-    Flag("tcp-keepalive-time", "tcp_keep_alive", _KEEP_ALIVE, "TCP keep-alive, negative for none (10m)"),
+    Flag("tcp-keepalive-time", "tcp_keep_alive", _ANY_DURATION, "TCP keep-alive; 0: 15s, negative: none (10m)"),
     Flag("tcp-user-timeout", "tcp_user_timeout", _DURATION, "TCP user time-out (15s)"),
     Flag("tcp-write-timeout", "write_timeout", _DURATION, "how long a client may not read, 0 for ever (2s)"),
     Flag("version", "", _SWITCH, "print the version"),

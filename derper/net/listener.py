@@ -46,6 +46,7 @@ _BACKLOG: Final = 1024
 _ACCEPTS_AT_ONCE: Final = 64
 _ARRIVALS_AT_ONCE: Final = 2000
 _ARRIVAL_GRACE: Final = 5.0  # seconds; one that takes longer gives way when there are too many
+_COMPLAINTS_PER_SECOND: Final = 0.1  # about proxies: each of their connections is a reason
 _OUT_OF_FILES_PAUSE: Final = 0.5  # seconds
 
 
@@ -114,6 +115,7 @@ class Listener:
         self._loop = asyncio.get_running_loop()
         self._arrivals: dict[_Arrival, None] = {}  # the oldest first
         self._sweeper: asyncio.TimerHandle | None = None
+        self._complaints = TokenBucket(_COMPLAINTS_PER_SECOND, 1, self._loop.time())
         self.limit: TokenBucket | None = None
         self.proxies = Proxies()
         self.accepted = 0
@@ -275,7 +277,8 @@ class Listener:
             self._say_no(arrival.sock, error.answer)
         if isinstance(error, ProtocolError) and not isinstance(error, HelloError):
             self.proxy_errors += 1
-            log.warning("%s is a trusted proxy, but %s", remote_from(arrival.peer).ip, error)
+            if self._complaints.allow(self._loop.time()):
+                log.warning("%s is a trusted proxy, but %s", remote_from(arrival.peer).ip, error)
         else:
             self.tls_errors += 1
             log.debug("TLS handshake failed: %s", error)
