@@ -12,6 +12,7 @@ import io
 import json
 import socket
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
@@ -163,21 +164,27 @@ class Debug:
     async def _traffic(self, request: web.Request) -> web.StreamResponse:
         """Every two seconds a line for each client that sent or received, with its bytes since it connected."""
         response = await _stream(request)
+        if request.method != "HEAD":
+            with suppress(ConnectionError):
+                await self._follow_traffic(response)
+        return response
+
+    async def _follow_traffic(self, response: web.StreamResponse) -> None:
         before: dict[Link, TCPInfo] = {}
-        while request.method != "HEAD":
+        while True:
             now = {link: info for link in tuple(self._hub.links) if (info := link.tcp_info()) is not None}
             moved = [link for link, info in now.items() if _moved(before.get(link), info)]
             lines = [_traffic_line(link, now[link]) for link in moved if link.session is not None]
-            await response.write("".join([*lines, "\n"]).encode())  # aiohttp ends the page when nobody reads it
+            await response.write("".join([*lines, "\n"]).encode())
             before = now
             await asyncio.sleep(_TRAFFIC_SECONDS)
-        return response
 
     async def _collect(self, request: web.Request) -> web.StreamResponse:
         response = await _stream(request)
-        await response.write(b"running GC...\n")
-        gc.collect()
-        await response.write(b"Done.\n")
+        with suppress(ConnectionError):
+            await response.write(b"running GC...\n")
+            gc.collect()
+            await response.write(b"Done.\n")
         return response
 
     async def _tasks(self, _request: web.Request) -> web.StreamResponse:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 
@@ -10,7 +11,7 @@ import pytest
 from derper.net import debug
 from derper.wire import frames
 
-from .loopback import LoopbackRelay, private, relay
+from .loopback import LoopbackRelay, private, relay, until
 
 pytestmark = pytest.mark.both_loops
 
@@ -73,7 +74,9 @@ async def test_what_only_go_has(node: LoopbackRelay) -> None:
     assert (await get(node, "/debug/set-mutex-profile-fraction"))[0].startswith(b"HTTP/1.0 404 ")
 
 
-async def test_traffic_ends_when_nobody_reads_it(node: LoopbackRelay, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_traffic_ends_when_nobody_reads_it(
+    node: LoopbackRelay, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(debug, "_TRAFFIC_SECONDS", 0.01)
     alice, bob = await node.connect(), await node.connect()
     for client, number in ((alice, 1), (bob, 2)):
@@ -91,3 +94,5 @@ async def test_traffic_ends_when_nobody_reads_it(node: LoopbackRelay, monkeypatc
     assert by_key[str(private(2).public)]["UniqueSenders"] == 1
     assert await watcher.reader.readline() == b"\n"  # nothing moved
     await watcher.close()
+    await until(lambda: not any("RequestHandler.start" in repr(task) for task in asyncio.all_tasks()))
+    assert not caplog.records
