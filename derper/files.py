@@ -77,7 +77,7 @@ class Watched(Generic[_T]):
             self.settling = True
             return False
         self.settling = False
-        if look == self._read and self.problem is None and not at_once:
+        if look == self._read and self.problem is None and not (at_once and look):
             return False
         problem = self._attempt(look, at_once)
         if self.settling:

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -286,8 +287,11 @@ class RelayState:
 
 
 def _flag_limits(config: Config) -> Limits:
+    accept_per_second, accept_burst = config.accept_per_second, config.accept_burst
+    if accept_burst == sys.maxsize:  # whoever may come all at once has no limit
+        accept_per_second, accept_burst = math.inf, 1
     return Limits(
-        accept_per_second=config.accept_per_second,
-        accept_burst=config.accept_burst,
+        accept_per_second=accept_per_second,
+        accept_burst=accept_burst,
         write_timeout=config.write_timeout,
     )
