@@ -155,9 +155,9 @@ def _tls_active(hub: Hub | None) -> Mapping[str, float]:
 def _ours(relay: Relay) -> Tree:
     watched = relay.state.watched
     tree: dict[str, Value] = {
-        "gauge_ready": Func(relay.serving()),
+        "gauge_ready": Func(int(relay.serving())),
         "counter_reload_failures": LabelMap("what", {item.what: item.failures for item in watched}),
-        "gauge_config_problem": LabelMap("what", {item.what: item.problem is not None for item in watched}),
+        "gauge_config_problem": LabelMap("what", {item.what: int(item.problem is not None) for item in watched}),
     }
     if relay.hub is not None:
         tree["protocol_errors"] = relay.hub.counters.protocol_errors
@@ -169,7 +169,7 @@ def _ours(relay: Relay) -> Tree:
         tree["gauge_certificate_expiry_seconds"] = LabelMap("name", expiry)
     if relay.mesh is not None:
         links = relay.mesh.status().items()
-        tree["gauge_mesh_link_up"] = LabelMap("peer", {name: link.connected for name, link in links})
+        tree["gauge_mesh_link_up"] = LabelMap("peer", {name: int(link.connected) for name, link in links})
     return tree | _admission(relay.admission)
 
 
