@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from ..wire.head import Head, HeadError, clean_path
 
-__all__ = ["Answer", "early_answer", "error", "refusal"]
+__all__ = ["Answer", "error", "mux_answer", "refusal", "server_answer"]
 
 _IN_PATH: Final = "$&+,/:;=@-_.~"  # what url.URL writes as it is
 
@@ -58,13 +58,19 @@ def refusal(fault: HeadError) -> bytes:
     return (head + fault.body).encode()
 
 
-def early_answer(head: Head) -> Answer | None:
-    """The answer that comes before any handler's, or None."""
-    expected = head.first("expect")
-    if expected and not head.expects_continue:
+def server_answer(head: Head) -> Answer | None:
+    """What Go's server answers itself, or None."""
+    if head.first("expect") and not head.expects_continue:
         return Answer(417, is_last=True)
+    if head.path == "*" and head.method == "OPTIONS":
+        return Answer(200)
+    return None
+
+
+def mux_answer(head: Head) -> Answer | None:
+    """What Go's ServeMux answers before it looks for a page, or None."""
     if head.path == "*":
-        return Answer(200) if head.method == "OPTIONS" else Answer(400, is_last=head.version >= (1, 1))
+        return Answer(400, is_last=head.version >= (1, 1))
     if head.method == "CONNECT" or clean_path(head.path) == head.path:
         return None
     return _redirect(head)

@@ -27,7 +27,7 @@ from ..relay.proxies import Proxies, remote_from
 from ..relay.session import Remote
 from ..wire.frames import PROTOCOL_VERSION
 from ..wire.head import Head, HeadError, HeadReader
-from .answers import Answer, early_answer, refusal
+from .answers import Answer, mux_answer, refusal, server_answer
 from .hub import Hub
 from .link import Link
 from .sockets import tls_version
@@ -159,7 +159,9 @@ class Doorman(asyncio.Protocol):
 
     def _receive(self, head: Head, rest: bytes) -> bytes:
         """Serve one request.  Returns what was read behind it, for the next one."""
-        answer = early_answer(head)
+        if answer := server_answer(head):
+            return self._reply(head, answer, rest)
+        answer = mux_answer(head)
         if answer is None and self._is_upgrade(head):
             if self._reception.hub.draining:  # it came before the port was closed, and would only have to go again
                 self._transport.abort()
@@ -173,12 +175,21 @@ class Doorman(asyncio.Protocol):
                 return b""
         if answer is None:
             return self._ask_http(head, rest)
+        self._count()
+        return self._reply(head, answer, rest)
+
+    def _reply(self, head: Head, answer: Answer, rest: bytes) -> bytes:
         self._transport.write(answer.encode(head))
         if answer.ends(head):
             self._transport.close()
         else:
             self._start_timer()
         return rest
+
+    def _count(self) -> None:
+        """One more request for stock derper's handler; pages and links count theirs themselves."""
+        if version := tls_version(self._transport):
+            self._reception.hub.counters.http_requests[version] += 1
 
     def _is_upgrade(self, head: Head) -> bool:
         if not self._reception.serve_derp or not head.is_path("/derp"):
@@ -201,6 +212,7 @@ class Doorman(asyncio.Protocol):
         self._transport.write(answer.encode(head))
         socket = WebSocket(self._transport, hub.loop)
         if answer.headers.get("Sec-Websocket-Protocol") != SUBPROTOCOL:
+            self._count()
             socket.end(CloseCode.POLICY_VIOLATION, "client must speak the derp subprotocol")
             return
         hub.counters.websocket_accepts += 1

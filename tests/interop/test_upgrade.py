@@ -16,7 +16,7 @@ from derper.wire.frames import FrameType
 from .answers import HTTP_PORT
 from .conftest import Both
 from .processes import HANG
-from .raw import raw_clients, trusting
+from .raw import counted, raw_clients, trusting
 from .relays import DERP_PORT, Relay, RelayOptions
 
 PLAIN = RelayOptions(flags=("-home=blank", "-certmode=letsencrypt"))  # a port that is not 443: without TLS
@@ -340,6 +340,25 @@ async def test_half_closed(both: Both) -> None:
                 writer.close()
         assert found[1] == found[0]
         assert len(found[0]) == data.count(b"GET")
+
+
+async def test_requests_are_counted(both: Both) -> None:
+    """By version of TLS, except what Go's server answers before any handler."""
+    websocket = ("Upgrade: websocket", "Sec-WebSocket-Protocol: derp")
+    cases = {
+        "upgrade": get("/derp", UP),
+        "refused WebSocket": get("/derp", *websocket),
+        "redirect": get("//derp"),
+        "page": get("/generate_204"),
+        "asterisk": get("*"),
+        "not by a handler": get("*", method="OPTIONS"),
+        "nor this": get("/", "Expect: tea"),
+        "no request": b"hello\r\n",
+    }
+    await same(both, cases)
+    name = 'derper_tls_request_version{version="1.3"}'
+    stock, ours = [(await counted(relay))[name] for relay in (both.stock, both.ours)]
+    assert ours == stock
 
 
 async def test_frames_behind_a_late_upgrade(relay: Relay) -> None:
