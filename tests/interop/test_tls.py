@@ -134,6 +134,27 @@ async def test_names_of_a_relay_with_an_address(both: Both) -> None:
     assert set(answers.values()) == {SERVED}
 
 
+async def test_who_says_nothing_or_half(both: Both) -> None:
+    """It takes half a minute, as the time-out of both."""
+
+    async def ends(relay: Relay, data: bytes) -> bytes:
+        async with asyncio.timeout(HANG):
+            reader, writer = await asyncio.open_connection(relay.address, DERP_PORT)
+            writer.write(data)
+            try:
+                return await reader.read()
+            except ConnectionResetError:
+                return b""
+            finally:
+                writer.transport.abort()
+
+    began = asyncio.get_running_loop().time()
+    said = (b"", b"\x16", real_hello()[:100])
+    answers = await asyncio.gather(*(ends(relay, data) for relay in (both.stock, both.ours) for data in said))
+    assert asyncio.get_running_loop().time() - began > 25
+    assert answers == [b""] * 6
+
+
 def with_name(name: str) -> bytes:
     """OpenSSL's hello with a name that it would not send itself; without one if it is empty."""
     if not name:
@@ -202,6 +223,13 @@ async def test_every_modern_cipher_of_tls_1_2(both: Both) -> None:
     for cipher in CIPHERS:
         stock, ours = await shake_both(both, maximum_version=TLS_1_2, set_ciphers=cipher)
         assert stock.cipher == ours.cipher == cipher
+
+
+async def test_the_order_of_ciphers(both: Both) -> None:
+    """Stock derper's own where the client has AES in front; ours is the client's."""
+    wanted = "ECDHE-ECDSA-AES256-GCM-SHA384:ECDHE-ECDSA-AES128-GCM-SHA256"
+    stock, ours = await shake_both(both, maximum_version=TLS_1_2, set_ciphers=wanted)
+    assert (stock.cipher, ours.cipher) == (CIPHERS[0], CIPHERS[1])
 
 
 async def test_protocols(both: Both) -> None:
