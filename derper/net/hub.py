@@ -142,7 +142,7 @@ class Hub:
             return
         self.limits = limits
         now = self.clock()
-        for link in self.links:
+        for link in tuple(self.links):  # one that goes on reading may bring anything
             link.set_bucket(limits.client_bucket(now))
 
     def join(self, session: Session) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import socket
 from contextlib import suppress
@@ -20,11 +21,17 @@ OPTIONS = {
 
 
 def options_of(pid: int, peer: tuple[str, int]) -> dict[str, int]:
-    """OPTIONS of the process's TCP socket whose other end is `peer`.  Raises LookupError if it has none."""
+    """OPTIONS of the process's TCP socket whose other end is `peer`.
+
+    Raises LookupError if it has none, and PermissionError where the system lets nobody look.
+    """
     pidfd = os.pidfd_open(pid)
     try:
         for name in os.listdir(f"/proc/{pid}/fd"):
-            with suppress(OSError), socket.socket(fileno=_copy(pidfd, int(name))) as sock:
+            copy = _copy(pidfd, int(name))
+            if copy is None:
+                continue
+            with suppress(OSError), socket.socket(fileno=copy) as sock:
                 if sock.getpeername()[:2] == peer:
                     return {option: sock.getsockopt(*where) for option, where in OPTIONS.items()}
     finally:
@@ -32,13 +39,15 @@ def options_of(pid: int, peer: tuple[str, int]) -> dict[str, int]:
     raise LookupError(f"process {pid} has no connection with {peer}")
 
 
-def _copy(pidfd: int, descriptor: int) -> int:
-    """A descriptor of ours for what the other process has open.  Raises OSError if it is no socket."""
+def _copy(pidfd: int, descriptor: int) -> int | None:
+    """A descriptor of ours for what the other process has open; None if it is no socket, or closed by now."""
     copy = int(ctypes.CDLL(None, use_errno=True).syscall(_PIDFD_GETFD, pidfd, descriptor, 0))
     if copy < 0:
         number = ctypes.get_errno()
+        if number == errno.EBADF:
+            return None
         raise OSError(number, os.strerror(number))
     if not os.readlink(f"/proc/self/fd/{copy}").startswith("socket:"):
         os.close(copy)
-        raise OSError("no socket")
+        return None
     return copy

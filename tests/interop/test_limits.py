@@ -71,7 +71,10 @@ async def test_options_of_accepted_sockets(both: Both, raw: RawClients) -> None:
     found = []
     for relay in (both.stock, both.ours):
         client = await raw.login(relay)
-        found.append(options_of(relay.pid, (client.host, client.port)))
+        try:
+            found.append(options_of(relay.pid, (client.host, client.port)))
+        except PermissionError:
+            pytest.skip("the system shows nobody another process's sockets")
     assert found[0] == found[1]
     assert found[0]["keep_alive"] == 1
 
