@@ -79,7 +79,7 @@ def _public_mux(site: Site) -> Mux:
 def connections(server: web.Server, keep_alive: float) -> Callable[[Remote, Callable[[], None]], Connection]:
     """Makes the protocol for one connection of a client; an idle one lives `keep_alive` seconds.
 
-    What is given beside the client is called after each answer.
+    What is given beside the client is called after each answer, but not after the last.
     """
     loop = asyncio.get_running_loop()
     options: dict[str, Any] = {"access_log": None, "keepalive_timeout": keep_alive, **_NO_LIMITS}
@@ -104,11 +104,11 @@ class Connection(web.RequestHandler):
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
-        """Send the answer."""
-        try:
-            return await super().finish_response(request, resp, start_time)
-        finally:
+        """Send the answer, and say so unless the connection ends with it."""
+        response, is_reset = await super().finish_response(request, resp, start_time)
+        if response.keep_alive and not is_reset:
             self.answered()
+        return response, is_reset
 
     def release(self) -> None:
         """Let go of the transport: it goes to another protocol."""

@@ -286,6 +286,28 @@ async def test_a_page_for_one_who_reads_slowly() -> None:
     await runner.cleanup()
 
 
+async def test_an_answer_that_ends_the_connection_ends_it() -> None:
+    """Though the client would have gone on, and has."""
+
+    async def only_once(request: web.Request) -> web.Response:
+        response = web.Response(text="once")
+        response.force_close()
+        return response
+
+    app = web.Application()
+    app.router.add_get("/once", only_once)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    assert runner.server is not None
+    async with relay() as node:
+        reception = doorman.Reception(node.hub, connections(runner.server, 30.0))
+        node.listener._factory = lambda remote: doorman.Doorman(reception, remote)
+        client = await node.connect()
+        client.send(b"GET /once HTTP/1.1\r\nHost: x\r\n\r\n", FAST, login(node))
+        assert (await client.rest()).endswith(b"\r\n\r\nonce")
+    await runner.cleanup()
+
+
 async def test_many_requests_in_one_segment(node: LoopbackRelay) -> None:
     client = await node.connect()
     client.send(b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n" * 3000, FAST, login(node))
