@@ -490,6 +490,18 @@ async def test_who_is_closed_is_gone_at_once(node: LoopbackRelay, monkeypatch: p
     assert await alice.frame() == (FrameType.PONG, b"12345678")
 
 
+async def test_a_mesh_peer_closes_others_and_itself(node: LoopbackRelay) -> None:
+    """What it sends behind that is still its own: it is closed when the loop comes to it."""
+    node.hub.mesh_keys = MeshKeys(MESH_KEY, (MESH_KEY,))
+    peer, bob = await logged_in(node, ALICE, ClientInfo(mesh_key=MESH_KEY)), await logged_in(node, BOB)
+    peer.send(frames.close_peer(BOB.public))
+    assert await bob.rest() == b""
+    peer.send(frames.close_peer(ALICE.public), frames.note_preferred(True), frames.ping(b"12345678"))
+    assert await peer.rest() == frames.pong(b"12345678")
+    await until(lambda: not node.hub.links)
+    assert node.hub.counters.current_home_connections == 0
+
+
 async def test_packets_for_a_client_that_is_just_being_dropped_are_counted(node: LoopbackRelay) -> None:
     await logged_in(node, ALICE)
     session = node.session(ALICE)
