@@ -153,7 +153,7 @@ class Doorman(asyncio.Protocol):
             if head is None:
                 return
             self._stop_timer()
-            rest, self._head = self._head.rest, HeadReader()
+            rest, self._head = self._head.rest, HeadReader(after=head.method)
             data = self._receive(head, rest)
         self._hold(data)
 

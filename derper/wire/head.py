@@ -16,6 +16,7 @@ from urllib.parse import quote, unquote_to_bytes
 __all__ = ["HEAD_BYTES", "Head", "HeadError", "HeadReader", "clean_path"]
 
 HEAD_BYTES: Final = 8 << 10
+_PEEKED: Final = 4
 
 _TOKEN: Final = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _METHOD: Final = re.compile(_TOKEN)
@@ -89,11 +90,16 @@ class Head:
 
 
 class HeadReader:
-    """Takes bytes in any pieces until the head is whole."""
+    """Takes bytes in any pieces until the head is whole.
 
-    __slots__ = ("_buffer", "_fields", "_odd_name", "_request", "_scanned", "_start")
+    `after` is the method of the request before it on the connection, if there was one.  Old clients end a POST with a
+    line end too many; and Go's server waits for four bytes, so one at the very end does no harm.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_after", "_buffer", "_fields", "_odd_name", "_request", "_scanned", "_start")
+
+    def __init__(self, after: str = "") -> None:
+        self._after = after
         self._buffer = bytearray()
         self._start = self._scanned = 0  # of the line at hand; and how far it has been searched for its end
         self._request: _Request | None = None
@@ -103,6 +109,13 @@ class HeadReader:
     def feed(self, data: bytes) -> Head | None:
         """The head, once it is whole; the bytes behind it are in `rest`.  Raises `HeadError`."""
         self._buffer += data
+        if self._after:
+            if len(self._buffer) < _PEEKED:
+                return None
+            if self._after == "POST":
+                count = _PEEKED - len(self._buffer[:_PEEKED].lstrip(b"\r\n"))
+                del self._buffer[:count]
+            self._after = ""
         while (end := self._buffer.find(b"\n", self._scanned, HEAD_BYTES)) >= 0:
             line = self._buffer[self._start : end].decode("latin-1").removesuffix("\r")
             self._start = self._scanned = end + 1
@@ -216,18 +229,15 @@ def _target(method: str, raw: str) -> tuple[str, str, str]:
 
 def _body(version: tuple[int, int], fields: Iterable[tuple[str, str]]) -> int | None:
     """How long the body is (net/http/transfer.go, readTransfer)."""
-    encodings = [value for name, value in fields if name == "transfer-encoding"] if version >= (1, 1) else []
-    if encodings:
-        if [encoding.lower() for encoding in encodings] != ["chunked"]:
-            raise HeadError("501 Not Implemented", "Unsupported transfer encoding")
-        return None
     lengths = {value for name, value in fields if name == "content-length"}
-    if not lengths:
-        return 0
-    length = lengths.pop()
-    if lengths or not _LENGTH.fullmatch(length):
+    encodings = [value.lower() for name, value in fields if name == "transfer-encoding" and version >= (1, 1)]
+    if encodings and encodings != ["chunked"]:
+        raise HeadError("501 Not Implemented", "Unsupported transfer encoding")
+    if len(lengths) > 1 or not all(map(_LENGTH.fullmatch, lengths)):
         raise HeadError
-    return int(length)
+    if encodings:
+        return None
+    return int(lengths.pop()) if lengths else 0
 
 
 def clean_path(path: str) -> str:

@@ -286,6 +286,7 @@ async def test_bodies(both: Both) -> None:
         "a sign": get("/derp", UP, "Content-Length: +5"),
         "negative": get("/derp", UP, "Content-Length: -5"),
         "hexadecimal": get("/derp", UP, "Content-Length: 0x5"),
+        "no length, chunked": get("/derp", UP, "Content-Length:", "Transfer-Encoding: chunked"),
         "huge": get("/derp", UP, "Content-Length: 99999999999999999999"),
     }
     assert {one.end for one in (await same(both, refused)).values()} == {"closed"}
@@ -314,6 +315,9 @@ async def test_later_requests(both: Both) -> None:
         "no request": [page, b"hello\r\n"],
         "redirects": [get("//derp"), get("/derp/../derp"), page],
         "behind a body": [get("/", "Content-Length: 3", method="POST") + b"abc", page, get("/derp", UP)],
+        "a line end too many behind a POST": [get("/", "Content-Length: 1", method="POST") + b"a\r\n", page],
+        "line ends behind a POST": [get("/", "Content-Length: 0", method="POST") + b"\r\n\r\n", page],
+        "a line end too many behind a GET": [page + b"\r\n", page],
         "the last": [get("/generate_204", "Connection: close")],
     }
     said = await same(both, cases)

@@ -129,7 +129,7 @@ LONG = b"431 Request Header Fields Too Large"
         (b"\x16\x03\x01\x02\x00\x01\x00\r\n", BAD),
         (b"GET /derp HTTP/1.1\r\nno colon\r\n", BAD),
         (b"GET /derp HTTP/1.1\r\n\r\n", BAD + b": missing required Host header"),
-        (b"\r\n", BAD),
+        (b"\r\n\r\n", BAD),
         (b"GET / HTTP/1.1\r\nX: " + b"x" * 9000, LONG),
         (b"x" * 9000, LONG),
     ],

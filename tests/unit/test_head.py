@@ -76,6 +76,22 @@ def test_any_bytes_give_a_head_or_a_refusal(junk: bytes, in_fields: bool) -> Non
     assert line[:3] in ("400", "431", "501", "505")
 
 
+@pytest.mark.parametrize(("method", "ends"), [("POST", b"\r\n"), ("POST", b"\n\n\r\r"), ("GET", b"")])
+def test_line_ends_in_front_of_a_later_request(method: str, ends: bytes) -> None:
+    for pieces in ([ends + STREAM], [ends, STREAM], [bytes([byte]) for byte in ends + STREAM]):
+        reader = HeadReader(after=method)
+        while (head := reader.feed(pieces.pop(0))) is None:
+            pass
+        assert head == read(STREAM)
+
+
+def test_line_ends_that_are_too_many() -> None:
+    assert HeadReader(after="GET").feed(b"\r\n\n") is None
+    for method, ends in (("GET", b"\r\n\r\n"), ("POST", b"\r\n\r\n\r\n")):
+        with pytest.raises(HeadError):
+            HeadReader(after=method).feed(ends)
+
+
 # -- lines
 
 
@@ -159,6 +175,7 @@ def test_too_long() -> None:
         (request("Content-Length: 1", "Content-Length: 2"), BAD),
         (request("Content-Length: +1"), BAD),
         (request("Content-Length:"), BAD),
+        (request("Content-Length:", "Transfer-Encoding: chunked"), BAD),
     ],
 )
 def test_refused_as_a_whole(data: bytes, line: str) -> None:
