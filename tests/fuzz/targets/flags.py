@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from derper.config import UsageError, parse_flags
+from derper.config import UsageError, VersionWanted, parse_flags
+from derper.goflag import HelpWanted
 
 from ..target import Target
 
@@ -13,7 +14,7 @@ from ..target import Target
 def run(data: bytes) -> None:
     """A configuration or a sentence; the same with one dash or two."""
     arguments = data.decode("utf-8", "surrogateescape").split("\n")
-    with contextlib.suppress(UsageError):
+    with contextlib.suppress(UsageError, HelpWanted, VersionWanted):
         config = parse_flags(arguments, {"HOME": "/nowhere"}, is_root=True)
         assert 0 <= config.listen_port <= 65535
         assert -1 <= config.http_port <= 65535
@@ -43,6 +44,8 @@ def seeds() -> Iterator[bytes]:
     for line in lines:
         yield line.encode()
     yield b"-a=\xff:1"
+    yield b"-dev\n-h"
+    yield b"-version"
 
 
 TARGET = Target(run, seeds, longest=512)
