@@ -66,6 +66,10 @@ class HostileRelay(LineProcess):
     async def figures(self) -> Figures:
         return Figures(await self.command("figures"))
 
+    async def trimmed(self) -> Figures:
+        """The same without the memory that is free."""
+        return Figures(await self.command("trim"))
+
     async def until(self, holds: Callable[[Figures], bool]) -> Figures:
         """Ask until it holds; what a relay does is over when it says so."""
         figures = await self.figures()
