@@ -298,6 +298,7 @@ class Link(asyncio.BufferedProtocol):
         if session is not None:
             self._hub.paused.discard(self)
             self._hub.stalls.forget(self)
+            self._hub.round_trips.forget(self)
             session.write = self.write
             self._hub.leave(session)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
 from ..relay.counters import Counters
@@ -32,16 +32,20 @@ class RoundTrips:
     def __init__(self, counters: Counters) -> None:
         self.enabled = True
         self._counters = counters
-        self._due: deque[tuple[float, Link]] = deque()  # all have the same interval: the next one is in front
+        self._due: OrderedDict[Link, float] = OrderedDict()  # all have the same interval: the next one is in front
 
     def follow(self, link: Link, now: float) -> None:
-        """A client logged in.  It is forgotten by itself when its link is closed."""
+        """A client logged in."""
         if not self.enabled:
             return
         if link.tcp_info() is None:
             self._counters.tcp_rtt["non-tcp"] += 1
         else:
-            self._due.append((now + _INTERVAL, link))
+            self._due[link] = now + _INTERVAL
+
+    def forget(self, link: Link) -> None:
+        """It is closed."""
+        self._due.pop(link, None)
 
     def sample(self, now: float) -> None:
         """Measure those whose turn it is.  Call it every second.
@@ -49,13 +53,16 @@ class RoundTrips:
         Clients that came all at once are spread over the interval, so that no packet waits for all of them.
         """
         for _ in range(max(_AT_ONCE, len(self._due) // _SHARE)):
-            if not self._due or self._due[0][0] > now:
+            link, due = next(iter(self._due.items()), (None, now))
+            if link is None or due > now:
                 return
-            _, link = self._due.popleft()
             info = link.tcp_info()
-            if info is not None:
+            if info is None:
+                del self._due[link]
+            else:
                 self._counters.tcp_rtt[_label(info.round_trip)] += 1
-                self._due.append((now + _INTERVAL, link))
+                self._due[link] = now + _INTERVAL
+                self._due.move_to_end(link)
 
 
 def _label(seconds: float) -> str:

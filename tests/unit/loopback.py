@@ -202,7 +202,8 @@ async def relay(
         await admission.close()
         await runner.cleanup()
     router = hub.router
-    left = (hub.links, hub.paused, router.active, router.watchers, router._duplicates, router._interested)
+    left = [hub.links, hub.paused, router.active, router.watchers, router._duplicates, router._interested]
+    left += [hub.stalls._written, hub.stalls._since, hub.round_trips._due]
     assert not any(left), left
     assert not hub._wheel.places
     assert hub.counters.current_connections == 0
