@@ -19,6 +19,7 @@ from derper.wire.handshake import ClientInfo
 from derper.wire.keys import NodePrivate, NodePublic
 
 from ..interop.processes import HANG, LineProcess
+from ..tls import trusting
 from ..unit.loopback import FAST
 
 __all__ = ["FAST", "MIB", "Figures", "HostileRelay", "Raw", "at_once", "bystanders", "login_of", "relay"]
@@ -94,7 +95,7 @@ class HostileRelay(LineProcess):
 
     async def connect(self, *, tls: bool | None = None) -> Raw:
         """A connection on which nothing was said yet; with TLS if the relay has it."""
-        context = _trusting() if (self.tls if tls is None else tls) else None
+        context = trusting() if (self.tls if tls is None else tls) else None
         async with asyncio.timeout(HANG):
             reader, writer = await asyncio.open_connection(
                 LISTENS_ON, self.port, ssl=context, ssl_handshake_timeout=HANG if context else None
@@ -156,13 +157,6 @@ class Raw:
         sock = self.writer.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.writer.transport.abort()
-
-
-def _trusting() -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    return context
 
 
 def login_of(key: NodePrivate, server: NodePublic) -> bytes:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-import ssl
 from dataclasses import dataclass
 from http.client import parse_headers
 from io import BytesIO
 
+from ..tls import trusting
 from .processes import HANG
 from .relays import DERP_PORT, Relay
 
@@ -45,11 +45,7 @@ def request(method: str, target: str, *lines: str, body: str = "") -> bytes:
 
 async def ask(relay: Relay, data: bytes, *, port: int = DERP_PORT, tls: bool = True) -> Answer:
     """Send these bytes, and read until the relay closes the connection."""
-    context = None
-    if tls:
-        context = ssl.create_default_context()
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
+    context = trusting() if tls else None
     async with asyncio.timeout(HANG):
         reader, writer = await asyncio.open_connection(relay.address, port, ssl=context)
         try:

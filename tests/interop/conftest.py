@@ -14,6 +14,7 @@ import pytest
 from .gobuild import GoMissingError, Peers, Step, build_kind, build_peers, build_tailscaled, build_websocket_peers
 from .peers import GoClients
 from .pki import Authority
+from .raw import RawClients, raw_clients
 from .relays import OurDerper, Relay, RelayOptions, StockDerper, loopback_addresses
 
 T = TypeVar("T")
@@ -83,6 +84,13 @@ async def clients(peers: Peers, tmp_path: Path) -> AsyncIterator[GoClients]:
     """A process for stock clients."""
     async with GoClients(peers.peers, tmp_path) as process:
         yield process
+
+
+@pytest.fixture
+async def raw() -> AsyncIterator[RawClients]:
+    """Makes clients without manners."""
+    async with raw_clients() as clients:
+        yield clients
 
 
 class Relays:

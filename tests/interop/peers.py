@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from .processes import HANG, Event, Events, LineProcess
-from .relays import DERPMap
+from .relays import DERPMap, Relay, derp_map
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,10 @@ class GoClients(LineProcess):
         self._clients[client.id] = client
         client.about = await self.command("dial", client=client.id, **options)
         return client
+
+    async def dial_relay(self, relay: Relay, **options: object) -> StockClient:
+        """Connect to a relay by a map of it alone; `options` as for `dial`."""
+        return await self.dial(map=derp_map([relay.node("900a")]), region=900, **options)
 
     async def stun(self, address: str, *, patience: float = HANG) -> StunAnswer:
         """Ask a STUN server once, with the stock codec; silence counts after `patience` seconds."""

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -103,6 +104,12 @@ class Child:
 
     def log_text(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    async def logged(self, pattern: str, count: int = 1) -> None:
+        """Wait until the log has `count` matches of a regular expression."""
+        async with asyncio.timeout(HANG):
+            while len(re.findall(pattern, self.log_text())) < count:  # noqa: ASYNC110 -- a log tells of no change
+                await asyncio.sleep(0.02)
 
     def died(self) -> ProcessEndedError:
         status = self.process.returncode if self.process else None

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-
-import aiohttp
 
 from derper.wire import frames, handshake
 from derper.wire.frames import HEADER, HEADER_LEN, FrameType
 from derper.wire.handshake import ClientInfo
 from derper.wire.keys import MeshKey, NodePrivate, NodePublic
 
+from ..tls import trusting
 from .processes import HANG
 from .relays import Relay
 
@@ -21,14 +19,6 @@ Frame = tuple[int, bytes]
 """Type and payload."""
 
 _ECHO = b"was that all?"
-
-
-def trusting() -> ssl.SSLContext:
-    """A TLS context that believes everybody."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    return context
 
 
 class RawClient:
@@ -164,13 +154,3 @@ async def raw_clients() -> AsyncIterator[RawClients]:
         yield clients
     finally:
         await clients.close()
-
-
-async def counted(relay: Relay) -> dict[str, float]:
-    """The relay's metrics, by name and labels."""
-    url, timeout = f"https://{relay.derp_address}/debug/varz", aiohttp.ClientTimeout(HANG)
-    async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url, ssl=trusting()) as answer:
-        assert answer.status == 200
-        text = await answer.text()
-    samples = (line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#"))
-    return {name: float(value) for name, _, value in samples}

@@ -11,9 +11,9 @@ from aiohttp import web
 from nacl.public import PrivateKey
 
 from .conftest import Relays
-from .peers import GoClients, StockClient
+from .peers import GoClients
 from .processes import PeerError
-from .relays import Relay, RelayOptions, derp_map
+from .relays import Relay, RelayOptions
 
 
 class Controller:
@@ -50,15 +50,11 @@ async def start(relays: Relays, make: str, url: str, *, fail_open: bool, mesh_ke
     return await relays.start(relays.make(make, RelayOptions(flags=flags, mesh_key=mesh_key)))
 
 
-async def dial(clients: GoClients, relay: Relay, **options: object) -> StockClient:
-    return await clients.dial(map=derp_map([relay.node("900a")]), region=900, **options)
-
-
 async def test_the_controller_is_asked_for_each_client(
     make: str, relays: Relays, clients: GoClients, controller: Controller
 ) -> None:
     relay = await start(relays, make, controller.url, fail_open=False)
-    client = await dial(clients, relay)
+    client = await clients.dial_relay(relay)
     await client.ping()
     assert controller.asked == [{"NodePublic": client.key, "Source": "127.0.0.1"}]
 
@@ -69,9 +65,9 @@ async def test_a_client_that_is_not_allowed_is_refused(
     relay = await start(relays, make, controller.url, fail_open=False)
     controller.allowed = False
     with pytest.raises(PeerError):
-        await dial(clients, relay)
+        await clients.dial_relay(relay)
     controller.allowed = True
-    await (await dial(clients, relay)).ping()
+    await (await clients.dial_relay(relay)).ping()
 
 
 async def test_an_answer_that_is_not_200_is_a_no(
@@ -80,7 +76,7 @@ async def test_an_answer_that_is_not_200_is_a_no(
     relay = await start(relays, make, controller.url, fail_open=True)
     controller.status = 403
     with pytest.raises(PeerError):
-        await dial(clients, relay)
+        await clients.dial_relay(relay)
 
 
 @pytest.mark.parametrize("fail_open", [False, True])
@@ -89,27 +85,27 @@ async def test_without_a_controller(
 ) -> None:
     relay = await start(relays, make, "http://127.0.0.1:1/verify", fail_open=fail_open)
     if fail_open:
-        await (await dial(clients, relay)).ping()
+        await (await clients.dial_relay(relay)).ping()
     else:
         with pytest.raises(PeerError):
-            await dial(clients, relay)
+            await clients.dial_relay(relay)
 
 
 async def test_fail_open_is_the_default_of_stock_only(make: str, relays: Relays, clients: GoClients) -> None:
     relay = await relays.start(relays.make(make, RelayOptions(flags=("-verify-client-url=http://127.0.0.1:1/",))))
     if make == "stock":
-        await (await dial(clients, relay)).ping()
+        await (await clients.dial_relay(relay)).ping()
     else:
         with pytest.raises(PeerError):
-            await dial(clients, relay)
+            await clients.dial_relay(relay)
 
 
 async def test_who_is_connected_stays(make: str, relays: Relays, clients: GoClients, controller: Controller) -> None:
     relay = await start(relays, make, controller.url, fail_open=False)
-    client = await dial(clients, relay)
+    client = await clients.dial_relay(relay)
     controller.allowed = False
     with pytest.raises(PeerError):
-        await dial(clients, relay)
+        await clients.dial_relay(relay)
     await client.ping()
     assert [asked["NodePublic"] for asked in controller.asked].count(client.key) == 1
 
@@ -119,13 +115,13 @@ async def test_a_client_that_comes_again(make: str, relays: Relays, clients: GoC
     relay = await start(relays, make, controller.url, fail_open=False)
     private = PrivateKey.generate()
     key = f"privkey:{private.encode().hex()}"
-    await (await dial(clients, relay, private_key=key)).close()
+    await (await clients.dial_relay(relay, private_key=key)).close()
     controller.status = 500
     if make == "stock":
         with pytest.raises(PeerError):
-            await dial(clients, relay, private_key=key)
+            await clients.dial_relay(relay, private_key=key)
     else:
-        await (await dial(clients, relay, private_key=key)).ping()
+        await (await clients.dial_relay(relay, private_key=key)).ping()
     assert len(controller.asked) == (2 if make == "stock" else 1)
 
 
@@ -135,5 +131,5 @@ async def test_mesh_peers_are_not_asked_about(
     mesh_key = secrets.token_hex(32)
     relay = await start(relays, make, controller.url, fail_open=False, mesh_key=mesh_key)
     controller.allowed = False
-    await (await dial(clients, relay, mesh_key=mesh_key)).ping()
+    await (await clients.dial_relay(relay, mesh_key=mesh_key)).ping()
     assert controller.asked == []

@@ -18,7 +18,7 @@ from .conftest import Relays
 from .peers import GoClients
 from .pki import Authority
 from .processes import PeerError
-from .relays import Relay, RelayOptions, derp_map
+from .relays import Relay, RelayOptions
 
 YES = b'{"Allow":true}'
 
@@ -172,7 +172,7 @@ def fail_open(yes: bool) -> str:
 
 async def is_admitted(clients: GoClients, relay: Relay, **options: Any) -> bool:
     try:
-        client = await clients.dial(map=derp_map([relay.node("900a")]), region=900, **options)
+        client = await clients.dial_relay(relay, **options)
     except PeerError:
         return False
     await client.ping()

@@ -63,7 +63,7 @@ async def start(relays: Relays, make: str, socket: Path, *flags: str, mesh_key: 
 
 async def is_admitted(clients: GoClients, relay: Relay, **options: str) -> bool:
     try:
-        client = await clients.dial(map=derp_map([relay.node("900a")]), region=900, **options)
+        client = await clients.dial_relay(relay, **options)
     except PeerError:
         return False
     await client.ping()

@@ -42,7 +42,7 @@ async def dial(relay: Relay, options: Options | None = None) -> Client:
 @pytest.mark.parametrize("fast_start", [True, False])
 async def test_packets_both_ways_with_a_stock_client(stock: Relay, clients: GoClients, fast_start: bool) -> None:
     ours = await dial(stock, Options(fast_start=fast_start))
-    theirs = await clients.dial(map=derp_map([stock.node("900a")]), region=900)
+    theirs = await clients.dial_relay(stock)
     assert str(ours.server_key) == stock.key
     for size in (0, 1, 1400, 65536):
         packet = secrets.token_bytes(size)
@@ -105,7 +105,7 @@ async def test_a_watcher_sees_clients_come_and_go(relays: Relays, clients: GoCli
     own = await watcher.receive()
     assert isinstance(own, PeerPresent)
     assert own.peer == watcher.public_key
-    client = await clients.dial(map=derp_map([stock.node("900a")]), region=900)
+    client = await clients.dial_relay(stock)
     come = await watcher.receive()
     assert isinstance(come, PeerPresent)
     assert str(come.peer) == client.key

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -16,17 +15,11 @@ from derper.wire.handshake import ClientInfo, ServerInfo
 from derper.wire.keys import NodePrivate
 
 from .conftest import Both, Relays
-from .raw import RawClients, raw_clients
+from .raw import RawClients
 from .relays import Relay, RelayOptions
 
 MESH = secrets.token_hex(32)
 GOOD = b'{"version":2}'
-
-
-@pytest.fixture
-async def raw() -> AsyncIterator[RawClients]:
-    async with raw_clients() as clients:
-        yield clients
 
 
 # -- the sequence

@@ -18,7 +18,7 @@ from .answers import ask, request
 from .conftest import Both, Relays
 from .peers import GoClients, StockClient
 from .processes import HANG
-from .relays import Relay, RelayOptions, derp_map
+from .relays import Relay, RelayOptions
 
 FORWARDED = "X-Forwarded-For: 192.0.2.1"
 PAGES = ("/debug/", "/debug/vars", "/debug/varz", "/debug/check", "/debug/gc", "/debug/traffic", "/debug/pprof/")
@@ -26,7 +26,7 @@ PAGES = ("/debug/", "/debug/vars", "/debug/varz", "/debug/check", "/debug/gc", "
 
 async def two_clients(relay: Relay, clients: GoClients) -> list[StockClient]:
     """One has sent the other a packet."""
-    a, b = [await clients.dial(map=derp_map([relay.node("900a")]), region=900) for _ in range(2)]
+    a, b = [await clients.dial_relay(relay) for _ in range(2)]
     await a.send(b.key, bytes(1000))
     await b.receive()
     return [a, b]
@@ -92,7 +92,7 @@ async def test_check_with_a_key_that_is_connected_twice(make: str, relays: Relay
     relay = await relays.start(relays.make(make))
     twin = f"privkey:{secrets.token_hex(32)}"
     for _ in range(2):
-        await clients.dial(map=derp_map([relay.node("900a")]), region=900, private_key=twin)
+        await clients.dial_relay(relay, private_key=twin)
     assert (await ask(relay, request("GET", "/debug/check"))).status == (500 if make == "stock" else 200)
 
 
@@ -142,7 +142,7 @@ async def traffic(relay: Relay) -> AsyncIterator[aiohttp.StreamReader]:
 async def test_traffic(make: str, relays: Relays, clients: GoClients) -> None:
     """A line for each client that sent or received since the last look, and an empty line after each look."""
     relay = await relays.start(relays.make(make))
-    idle = await clients.dial(map=derp_map([relay.node("900a")]), region=900)
+    idle = await clients.dial_relay(relay)
     a, b = await two_clients(relay, clients)
     async with traffic(relay) as lines, asyncio.timeout(HANG):
         first = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 
@@ -13,19 +13,14 @@ from derper.wire.frames import HEADER, FrameType, PeerGoneReason
 from derper.wire.keys import NodePrivate
 
 from .conftest import Both
+from .metrics import counted
 from .processes import HANG
-from .raw import RawClient, RawClients, counted, raw_clients
+from .raw import RawClient, RawClients
 from .relays import Relay, RelayOptions
 
 MESH = secrets.token_hex(32)
 BOTH_MESHED = pytest.mark.parametrize("both", [RelayOptions(mesh_key=MESH, flags=("-home=blank",))], indirect=True)
 ANY = bytes([0x17]) * 32
-
-
-@pytest.fixture
-async def raw() -> AsyncIterator[RawClients]:
-    async with raw_clients() as clients:
-        yield clients
 
 
 async def same_key(raw: RawClients, relay: Relay, count: int) -> list[RawClient]:

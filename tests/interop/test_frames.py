@@ -6,7 +6,6 @@ import asyncio
 import secrets
 import socket
 import ssl
-from collections.abc import AsyncIterator
 from ipaddress import ip_address
 from itertools import product
 
@@ -17,9 +16,11 @@ from derper.wire.frames import HEADER, FrameType, PeerGoneReason
 from derper.wire.handshake import ClientInfo
 from derper.wire.keys import NodePrivate, NodePublic
 
+from ..tls import trusting
 from .conftest import Both, Relays
+from .metrics import counted
 from .processes import HANG
-from .raw import Frame, RawClient, RawClients, counted, raw_clients, trusting
+from .raw import Frame, RawClient, RawClients
 from .relays import Relay, RelayOptions
 
 MESH = secrets.token_hex(32)
@@ -28,12 +29,6 @@ MAX = 64 << 10
 NOBODY = bytes([0x17]) * 32
 DISCO = frames.DISCO_MAGIC + bytes(56)
 """The shortest packet that looks like a disco message."""
-
-
-@pytest.fixture
-async def raw() -> AsyncIterator[RawClients]:
-    async with raw_clients() as clients:
-        yield clients
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ async def test_two_clients_exchange_packets(stock: StockDerper, clients: GoClien
 
 async def test_pin_is_checked(stock: StockDerper, clients: GoClients) -> None:
     assert stock.printed_node()["HostName"] == stock.address
-    await clients.dial(map=derp_map([stock.node("900a")]), region=900)
+    await clients.dial_relay(stock)
     with pytest.raises(PeerError, match="cert hash does not match"):
         await clients.dial(map=derp_map([stock.node("900a", CertName=WRONG_PIN)]), region=900)
     with pytest.raises(PeerError, match="certificate signed by unknown authority"):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import aiohttp
 import pytest
 
+from ..tls import trusting
 from .conftest import Both
 from .processes import HANG
 from .relays import DERP_PORT, Relay, RelayOptions
@@ -59,9 +58,7 @@ class Browser:
 @pytest.fixture
 async def browser(both: Both) -> AsyncIterator[Browser]:
     """A browser of both relays."""
-    context = ssl.create_default_context()
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
+    context = trusting()
     connector = aiohttp.TCPConnector(ssl=context, force_close=True)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(HANG)) as session:
         yield Browser(both.stock, both.ours, session)
@@ -124,9 +121,7 @@ async def test_upgrade_answer(browser: Browser) -> None:
 
 async def upgrade(relay: Relay, request: bytes) -> tuple[list[str], bytes]:
     """The lines of the answer's head, and the first frame."""
-    context: Any = ssl.create_default_context()
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
+    context = trusting()
     async with asyncio.timeout(HANG):
         reader, writer = await asyncio.open_connection(relay.address, DERP_PORT, ssl=context)
         writer.write(request)

@@ -8,7 +8,6 @@ import re
 import secrets
 import signal
 import time
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -19,35 +18,19 @@ from derper.wire import frames
 from derper.wire.frames import FrameType
 
 from .conftest import Both, Relays
-from .peers import GoClients, StockClient
+from .metrics import counted
+from .peers import GoClients
 from .processes import HANG, ProcessEndedError
-from .raw import RawClient, RawClients, counted, raw_clients
-from .relays import Relay, RelayOptions, derp_map
+from .raw import RawClient, RawClients
+from .relays import Relay, RelayOptions
 from .sockopts import options_of
 
 BURST = 65568
 """The least burst of a client: one largest frame."""
 
 
-@pytest.fixture
-async def raw() -> AsyncIterator[RawClients]:
-    async with raw_clients() as clients:
-        yield clients
-
-
 async def start(relays: Relays, make: str, *flags: str, mesh_key: str | None = None) -> Relay:
     return await relays.start(relays.make(make, RelayOptions(flags=flags, mesh_key=mesh_key)))
-
-
-async def dial(clients: GoClients, relay: Relay, **options: object) -> StockClient:
-    return await clients.dial(map=derp_map([relay.node("900a")]), region=900, **options)
-
-
-async def logged(relay: Relay, pattern: str, count: int = 1) -> None:
-    """Wait until the log has `count` lines that match."""
-    async with asyncio.timeout(HANG):
-        while len(re.findall(pattern, relay.log_text())) < count:  # noqa: ASYNC110 - a log tells of no change
-            await asyncio.sleep(0.02)
 
 
 # -- sockets
@@ -174,7 +157,7 @@ async def test_a_limited_client_is_read_more_slowly_and_loses_nothing(
 
 async def test_clients_are_not_told_of_the_limit(make: str, relays: Relays, clients: GoClients, tmp_path: Path) -> None:
     relay = await start(relays, make, f"-rate-config={rate_file(tmp_path, rate(200_000))}")
-    client = await dial(clients, relay)
+    client = await clients.dial_relay(relay)
     assert (client.about["bytes_per_second"], client.about["burst_bytes"]) == (0, 0)
 
 
@@ -188,13 +171,13 @@ async def test_a_new_limit_holds_for_connected_clients(
     await receiver.expect(FrameType.RECV_PACKET)
     rate_file(tmp_path, {})
     relay.send_signal(signal.SIGHUP)
-    await logged(relay, "rate config applied: client-rate=0 bytes/sec, client-burst=0 bytes")
+    await relay.logged("rate config applied: client-rate=0 bytes/sec, client-burst=0 bytes")
     sender.write(*[frames.send_packet(receiver.key, bytes(30_000))] * 30)
     for _ in range(30):
         await receiver.expect(FrameType.RECV_PACKET)
     rate_file(tmp_path, rate(50_000))
     relay.send_signal(signal.SIGHUP)
-    await logged(relay, f"rate config applied: client-rate=50000 bytes/sec, client-burst={BURST} bytes")
+    await relay.logged(f"rate config applied: client-rate=50000 bytes/sec, client-burst={BURST} bytes")
     sender.write(*[frames.send_packet(receiver.key, bytes(10_000))] * 10)
     async with asyncio.timeout(HANG):
         while (await counted(relay))["derp_rate_limit_per_client_waited"] == 0:  # noqa: ASYNC110 - polled
@@ -254,10 +237,10 @@ async def test_rate_configs_are_read_alike(make: str, relays: Relays, raw: RawCl
         relay.send_signal(signal.SIGHUP)
         if limits is None:
             failures += 1
-            await logged(relay, "rate config reload failed|rate limits: .*; the old one stays in force", failures)
+            await relay.logged("rate config reload failed|rate limits: .*; the old one stays in force", failures)
         else:
             applied.append(f"client-rate={limits[0]} bytes/sec, client-burst={limits[1]} bytes")
-            await logged(relay, "rate config applied", len(applied))
+            await relay.logged("rate config applied", len(applied))
     assert re.findall("rate config applied: (.*)", relay.log_text()) == applied
     client = await raw.login(relay)
     assert await client.until_echo() is not None
@@ -280,7 +263,7 @@ async def test_the_signal_without_a_rate_config(make: str, relays: Relays, raw: 
     if make == "stock":
         assert await relay.ended(HANG) == -signal.SIGHUP
     else:
-        await logged(relay, "certificates: read")
+        await relay.logged("certificates: read")
         assert await client.until_echo() is not None
 
 

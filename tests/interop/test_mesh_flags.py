@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import secrets
 import socket
 from collections.abc import Callable
@@ -52,10 +51,6 @@ def other(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-async def dial(clients: GoClients, relay: Relay, **options: object) -> StockClient:
-    return await clients.dial(map=derp_map([relay.node("900a")]), region=900, **options)
-
-
 async def deliver(source: StockClient, target: StockClient) -> None:
     """Send until a packet arrives: a relay learns of the other's clients a moment after they have come."""
     arrival = asyncio.ensure_future(target.receive(source.key))
@@ -64,13 +59,6 @@ async def deliver(source: StockClient, target: StockClient) -> None:
             await source.send(target.key, DISCO)
             await asyncio.wait((arrival,), timeout=0.25)
     assert await arrival == DISCO
-
-
-async def logged(relay: Relay, pattern: str) -> None:
-    """Wait until the log has a line that matches."""
-    async with asyncio.timeout(HANG):
-        while not re.search(pattern, relay.log_text()):  # noqa: ASYNC110 - a log tells of no change
-            await asyncio.sleep(0.02)
 
 
 # -- two relays
@@ -83,16 +71,16 @@ async def test_a_pair(make: str, other: str, member: MakeMember, relays: Relays,
         relay.mesh_with(pair)
     for relay in reversed(pair):
         await relays.start(relay)
-    first, second = [await dial(clients, relay) for relay in pair]
+    first, second = [await clients.dial_relay(relay) for relay in pair]
     await deliver(first, second)
     await deliver(second, first)
-    await logged(pair[0], "detected self-connect|is this relay itself")
+    await pair[0].logged("detected self-connect|is this relay itself")
     await second.close()
     gone = await first.expect("peer_gone", lambda event: event["key"] == second.key and event["reason"] == DISCONNECTED)
     assert gone
     await pair[1].kill()
     await pair[1].start()
-    again = await dial(clients, pair[1])
+    again = await clients.dial_relay(pair[1])
     await deliver(first, again)
     await deliver(again, first)
 
@@ -105,14 +93,14 @@ async def test_a_mesh_key_that_the_peer_does_not_have(
     dialer.mesh_with([peer])
     await relays.start(peer)
     await relays.start(dialer)
-    await logged(peer, "insufficient permissions|WATCH_CONNS from a client without the mesh key")
-    here, there = await dial(clients, dialer), await dial(clients, peer)
+    await peer.logged("insufficient permissions|WATCH_CONNS from a client without the mesh key")
+    here, there = await clients.dial_relay(dialer), await clients.dial_relay(peer)
     await here.send(there.key, DISCO)
     await here.expect("peer_gone", lambda event: event["key"] == there.key)
     await peer.stop()
     (peer.workdir / "mesh.key").write_text(KEY)
     await peer.start()
-    there = await dial(clients, peer)
+    there = await clients.dial_relay(peer)
     await deliver(here, there)
 
 
@@ -127,7 +115,7 @@ async def test_hosts_without_a_name_to_dial(
     dialer.argv.append(f"-mesh-with={host}:{peer.options.derp_port}")
     await relays.start(peer)
     await relays.start(dialer)
-    await deliver(await dial(clients, dialer), await dial(clients, peer))
+    await deliver(await clients.dial_relay(dialer), await clients.dial_relay(peer))
 
 
 @pytest.mark.parametrize("entries", ["a.test/b.test/c.test", "a b"])
@@ -153,8 +141,8 @@ async def test_entries_that_only_ours_takes(
     await relays.start(peer)
     await relays.start(relay)
     if make == "stock":
-        await logged(relay, r'mesh\(""\): .*mesh connect: ')
-    await deliver(await dial(clients, relay), await dial(clients, peer))
+        await relay.logged(r'mesh\(""\): .*mesh connect: ')
+    await deliver(await clients.dial_relay(relay), await clients.dial_relay(peer))
 
 
 async def test_a_mesh_without_a_key(make: str, relays: Relays, tmp_path: Path) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-import ssl
 from pathlib import Path
 
-import aiohttp
 import pytest
 
 from ..stock_metrics import GO_ONLY, STOCK, STOCK_LIMITS, families
 from .conftest import Both, Relays
+from .metrics import counted, samples, varz
 from .peers import GoClients
 from .pki import Authority, Certificate
 from .processes import HANG
@@ -27,28 +26,6 @@ NOT_COMPARED = re.compile(
     r"process_|uptime_|goroutines|node_boot|version|python_version|derper_(?!tls_request|tls_active)|derp_average_queue|derp_tcp_rtt"
     r"|derp_buffered|derp_mesh_update|derp_current_file|derp_memstats|tls_listener|stun_"
 )
-
-
-async def varz(relay: Relay) -> str:
-    """The metrics on the relay's own port."""
-    context = ssl.create_default_context()
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    timeout = aiohttp.ClientTimeout(HANG)
-    url = f"https://{relay.derp_address}/debug/varz"
-    name = None if relay.host_name == relay.address else relay.host_name
-    async with (
-        aiohttp.ClientSession(timeout=timeout) as session,
-        session.get(url, ssl=context, server_hostname=name) as answer,
-    ):
-        assert answer.status == 200
-        return await answer.text()
-
-
-def samples(text: str) -> dict[str, float]:
-    """The numbers, by name and labels."""
-    lines = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
-    return {name: float(value) for name, _, value in lines}
 
 
 def comparable(text: str) -> dict[str, float]:
@@ -111,7 +88,7 @@ async def test_names_types_and_labels(both: Both) -> None:
 
 async def test_labels_that_are_there_from_the_start(both: Both) -> None:
     """Else a rate over a counter that was not there misses its first event."""
-    stock, ours = [samples(await varz(relay)) for relay in (both.stock, both.ours)]
+    stock, ours = [await counted(relay) for relay in (both.stock, both.ours)]
     wanted = {name for name in stock if "{" in name and not GO_ONLY.match(name) and not name.startswith("version")}
     assert wanted >= {'stun_requests{disposition="read_error"}', 'derp_bytes_dropped{reason="queue_tail",kind="disco"}'}
     assert ours.keys() >= wanted
@@ -192,7 +169,7 @@ async def until(relay: Relay, wanted: dict[str, float]) -> None:
     try:
         async with asyncio.timeout(HANG / 4):
             while found != wanted:
-                everything = samples(await varz(relay))
+                everything = await counted(relay)
                 found = {name: everything[name] for name in wanted}
     except TimeoutError:
         assert found == wanted
@@ -230,10 +207,10 @@ async def test_rate_limits(
 async def test_round_trip_times(make: str, relays: Relays, clients: GoClients) -> None:
     """A sample of each client every ten seconds."""
     relay = await relays.start(relays.make(make))
-    await clients.dial(map=derp_map([relay.node("900a")]), region=900)
+    await clients.dial_relay(relay)
     name = 'derp_tcp_rtt{le="10ms"}'
     async with asyncio.timeout(HANG):
-        while name not in (found := samples(await varz(relay))):  # noqa: ASYNC110 -- for what no event tells
+        while name not in (found := await counted(relay)):  # noqa: ASYNC110 -- for what no event tells
             await asyncio.sleep(0.2)
     assert found[name] == 1
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from derper.wire import stun
 
 from .conftest import Both, Relays
+from .metrics import counted
 from .peers import GoClients
 from .processes import HANG
-from .raw import counted
 from .relays import Relay, RelayOptions, free_port
 
 TX = bytes(range(1, 13))

@@ -17,6 +17,7 @@ from cryptography.x509.oid import NameOID
 from derper.client import presented_certificates
 from tests.unit.hellos import extension, hello, names, real_hello, records
 
+from ..tls import trusting
 from .conftest import Both, Relays
 from .pki import Authority, self_signed
 from .processes import HANG
@@ -183,9 +184,7 @@ class Agreed:
 
 
 async def shake(relay: Relay, *, protocols: tuple[str, ...] = (), **attributes: Any) -> Agreed:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
+    context = trusting()
     if protocols:
         context.set_alpn_protocols(protocols)
     for attribute, value in attributes.items():

@@ -13,10 +13,12 @@ import pytest
 from derper.wire import frames
 from derper.wire.frames import FrameType
 
+from ..tls import trusting
 from .answers import HTTP_PORT
 from .conftest import Both
+from .metrics import counted
 from .processes import HANG
-from .raw import counted, raw_clients, trusting
+from .raw import raw_clients
 from .relays import DERP_PORT, Relay, RelayOptions
 
 PLAIN = RelayOptions(flags=("-home=blank", "-certmode=letsencrypt"))  # a port that is not 443: without TLS

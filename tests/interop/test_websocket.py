@@ -16,11 +16,13 @@ from derper.wire.frames import FrameType
 from derper.wire.handshake import ClientInfo
 from derper.wire.keys import NodePrivate, NodePublic
 
+from ..tls import trusting
 from .conftest import Both, Relays
+from .metrics import counted
 from .peers import GoClients
 from .pki import Authority
 from .processes import HANG
-from .raw import counted, raw_clients, trusting
+from .raw import raw_clients
 from .relays import DERP_PORT, Relay, RelayOptions, derp_map
 from .test_upgrade import get, same
 

@@ -6,6 +6,8 @@ import ssl
 from collections.abc import Sequence
 from struct import pack
 
+from ..tls import trusting
+
 __all__ = ["extension", "hello", "names", "real_hello", "records"]
 
 
@@ -13,9 +15,7 @@ def real_hello(
     name: str | None = "node.derp.internal", protocols: Sequence[str] = (), **limits: ssl.TLSVersion
 ) -> bytes:
     """OpenSSL's; `limits` are attributes of the context."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
+    context = trusting()
     context.set_ciphers("ALL:@SECLEVEL=0")
     for attribute, value in limits.items():
         setattr(context, attribute, value)

@@ -21,6 +21,7 @@ from derper.relay.session import Remote
 from derper.wire import handshake
 from derper.wire.handshake import ClientInfo
 
+from ..tls import trusting
 from .hellos import hello, names, real_hello, records
 from .loopback import FAST, HOST_NAME, PATIENCE, LoopbackRelay, RawClient, private, relay, until
 
@@ -52,13 +53,6 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     monkeypatch.setattr(Peek, "look", look)
     return counted
-
-
-def trusting() -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    return context
 
 
 class Tunnel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import AsyncIterator
 
 import pytest
@@ -16,6 +15,7 @@ from derper.wire.frames import FrameType
 from derper.wire.handshake import ClientInfo
 from derper.wire.head import HEAD_BYTES
 
+from ..tls import trusting
 from .loopback import FAST, UPGRADE, LoopbackRelay, private, relay, until
 
 pytestmark = pytest.mark.both_loops
@@ -493,9 +493,7 @@ async def test_home_page(home: str, status: int, location: bytes) -> None:
 
 async def test_through_tls() -> None:
     """The hand-over is the same on a TLS transport, and the upgrade with early bytes too."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
+    context = trusting()
     async with relay(tls=True) as node:
         page = await node.connect(ssl=context)
         page.send(b"GET /robots.txt HTTP/1.1\r\nHost: x\r\n\r\nGET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")

@@ -19,6 +19,7 @@ from derper.net.listener import Listener, SocketOptions
 from derper.net.tls import ServerTLS
 from derper.relay.limits import TokenBucket
 
+from ..tls import trusting
 from .loopback import HOST_NAME, LoopbackRelay, RawClient, pair_for, private, relay, until
 
 pytestmark = pytest.mark.both_loops
@@ -28,13 +29,6 @@ pytestmark = pytest.mark.both_loops
 async def node() -> AsyncIterator[LoopbackRelay]:
     async with relay(tls=True) as running:
         yield running
-
-
-def trusting() -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    return context
 
 
 @pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\xff\xff" + bytes(100), b"\x00" * 2000])

@@ -15,6 +15,7 @@ from derper.net.tls import ServerTLS
 from derper.wire import clienthello
 from derper.wire.clienthello import ClientHello, HelloError
 
+from ..tls import trusting
 from .loopback import pair_for, private
 
 NOW = datetime.now(UTC)
@@ -34,9 +35,7 @@ class Conversation:
     """A client and a server in memory."""
 
     def __init__(self, tls: ServerTLS, name: str | None, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
+        context = trusting()
         context.minimum_version = context.maximum_version = version
         context.set_alpn_protocols(["h2", "http/1.1"])
         to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
