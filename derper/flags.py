@@ -196,7 +196,12 @@ FLAGS: Final = (
     Flag("certdir", "cert_dir", _TEXT, "folder with HOSTNAME.crt and HOSTNAME.key"),
     Flag("hostname", "hostname", _HOST_NAME, "DNS name or IP address of this server"),
     Flag("derp", "derp", _SWITCH, "relay packets (true)"),
-    Flag("home", "home", _HOME, 'page at /: empty or "blank" for nothing, or a URL to redirect to'),
+    Flag(
+        "home",
+        "home",
+        _HOME,
+        'page at /: "blank", a URL to redirect to, or empty: about DERP; blank with -settings',
+    ),
     Flag(
         "mesh-psk-file",
         "mesh_key_path",

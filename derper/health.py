@@ -128,10 +128,10 @@ def debug_facts(relay: Relay) -> Facts:
     """What the pages below ``/debug/`` show."""
 
     def title() -> dict[str, object]:
-        minutes, seconds = divmod(int((datetime.now(UTC) - relay.started_at).total_seconds()), 60)
         return {
-            "Uptime": f"{minutes // 60}h{minutes % 60}m{seconds}s",
+            "Uptime": go_duration(int((datetime.now(UTC) - relay.started_at).total_seconds())),
             "Version": __version__,
+            "Machine": socket.gethostname(),
             "TLS hostname": relay.config.hostname,
             "Mesh key": str(relay.state.mesh_keys is not None).lower(),
         }
@@ -146,6 +146,13 @@ def debug_facts(relay: Relay) -> Facts:
         varz=lambda: metrics.text(relay),
         clients=clients,
     )
+
+
+def go_duration(seconds: int) -> str:
+    """As Go writes a time.Duration of whole seconds: 5s, 1m0s, 25h0m0s."""
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h" * bool(hours) + f"{minutes}m" * bool(hours or minutes) + f"{seconds}s"
 
 
 def _is_local(request: web.Request) -> bool:

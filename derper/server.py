@@ -124,7 +124,7 @@ class Relay:
 
     def reload(self) -> None:
         """Read all files now, whether they look changed or not (SIGHUP; stock derper reads its rate config then)."""
-        log.info("derper: reading all files again")
+        log.info("derper: received SIGHUP, reading all files again")
         self._asked_to_reload.set()
 
     async def drain(self) -> None:
@@ -190,6 +190,7 @@ class Relay:
             self.tls = ServerTLS(state.private_key.public.hex(), names_only=not self.config.settings)
             self.hub.round_trips.enabled = self.config.round_trips
             self.hub.start()
+            log.info("DERP mesh key configured" if state.mesh_keys is not None else "No mesh key configured")
         if self.hub is None:
             return
         self._apply()
@@ -218,9 +219,11 @@ class Relay:
     async def _open_stun(self) -> STUNServer:
         host, port = self.config.listen_host, self.config.stun_port
         try:
-            return await STUNServer.listen(host, port, self.serving)
+            server = await STUNServer.listen(host, port, self.serving)
         except OSError as error:
             raise StartError(_cannot_listen("UDP", host, port, error, "-stun-port")) from None
+        log.info("STUN server listening on %s", _host_port(host or "::", server.port))  # as stock derper says it
+        return server
 
     async def _listen(self, hub: Hub) -> None:
         config = self.config
@@ -232,7 +235,7 @@ class Relay:
         if config.tls and config.http_port >= 0:
             await self._listen_http(hub)
         scheme = "with TLS" if config.tls else "without TLS"
-        log.info("derper: serving on %s:%d %s", config.listen_host, self.listener.port, scheme)
+        log.info("derper: serving on %s %s", _host_port(config.listen_host, self.listener.port), scheme)
 
     async def _listen_http(self, hub: Hub) -> None:
         reception = Reception(hub, await self._runner(redirect_app(self._site(hub))), serve_derp=False)
@@ -248,7 +251,8 @@ class Relay:
             tailscale=not config.settings,
         )
         debug = Debug(access, hub, debug_facts(self))
-        return Site(hub.counters, config.home, config.derp, self.bootstrap_dns, debug)
+        home = config.home or ("blank" if config.settings else "")  # default pages are how open relays are found
+        return Site(hub.counters, home, config.derp, self.bootstrap_dns, debug)
 
     def _open_port(self, port: int, flag: str, reception: Reception, *, tls: bool) -> Listener:
         """Listen for those who go to `reception`.  Raises `StartError`; `flag` is what can choose another port."""
@@ -270,7 +274,7 @@ class Relay:
             except OSError as error:
                 where = _cannot_listen("TCP", config.metrics_host, config.metrics_port, error, "-metrics-addr")
                 raise StartError(where) from None
-            log.info("derper: serving metrics on %s:%d", config.metrics_host, port)
+            log.info("derper: serving metrics on %s", _host_port(config.metrics_host, port))
         path = Path(config.status_socket) if config.status_socket else default_socket()
         if path is not None:
             await self._serve_status(self._health, path)
@@ -365,6 +369,10 @@ class Relay:
     def serving(self) -> bool:
         """Whether a client that comes now is served; STUN is silent otherwise."""
         return not self.reasons()
+
+
+def _host_port(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _cannot_listen(kind: str, host: str, port: int, error: OSError, flag: str) -> str:

@@ -10,7 +10,7 @@ import gc
 import hmac
 import io
 import json
-import socket
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -40,6 +40,7 @@ _HEADERS: Final = {
 }
 _TRAFFIC_SECONDS: Final = 2.0
 _CLIENTS_SHOWN: Final = 1000
+_MUTEX_USAGE: Final = "To set, use: curl -HSec-Debug:derp 'http://derp/debug/set-mutex-profile-fraction?rate=100'"
 _NO_PPROF: Final = (
     "pprof is Go's: here, /debug/pprof/goroutine lists the tasks, and `py-spy top` or"
     " `py-spy record` on this machine show where time goes"
@@ -106,14 +107,16 @@ class Debug:
         self._hub = hub
         self._facts = facts
         protected: dict[str, tuple[str, Handler]] = {
-            "/debug/vars": ("Variables (JSON)", self._vars),
+            "/debug/vars": ("Metrics (JSON)", self._vars),
             "/debug/varz": ("Metrics (Prometheus)", self._varz),
-            "/debug/clients": ("Connected clients", self._clients),
+            "/debug/pprof/": ("pprof (index)", self._pprof),
+            "/debug/pprof/goroutine": ("Tasks", self._tasks),
+            "/debug/pprof/cmdline": ("", self._command_line),
+            "/debug/gc": ("force GC", self._collect),
             "/debug/check": ("Consistency check", self._check),
             "/debug/traffic": ("Traffic check", self._traffic),
-            "/debug/gc": ("force GC", self._collect),
-            "/debug/pprof/goroutine": ("Tasks", self._tasks),
-            "/debug/pprof/": ("", self._pprof),
+            "/debug/clients": ("Connected clients", self._clients),
+            "/debug/set-mutex-profile-fraction": ("", self._mutex_profile),
         }
         self._links = {path: text for path, (text, _) in protected.items() if text}
         self.pages: dict[str, Handler] = {path: self._protected(page) for path, (_, page) in protected.items()}
@@ -130,8 +133,7 @@ class Debug:
             return error(403, "debug access denied")
         if request.path != "/debug/":
             return not_found()
-        facts = {**self._facts.title(), "Machine": socket.gethostname()}
-        items = [f"<li><b>{escape(name)}:</b> {escape(str(value))}</li>" for name, value in facts.items()]
+        items = [f"<li><b>{escape(name)}:</b> {escape(str(value))}</li>" for name, value in self._facts.title().items()]
         items += [f'<li><a href="{path}">{path}</a> ({escape(text)})</li>' for path, text in self._links.items()]
         return _html(f"<html><body><h1>derper debug</h1><ul>{''.join(items)}", BROWSER_HEADERS)
 
@@ -193,7 +195,20 @@ class Debug:
             task.print_stack(file=found)
         return _text(found.getvalue())
 
-    async def _pprof(self, _request: web.Request) -> web.StreamResponse:
+    async def _pprof(self, request: web.Request) -> web.StreamResponse:
+        if request.path != "/debug/pprof/":
+            return _text(_NO_PPROF + "\n", status=501)
+        profiles = "".join(f'<li><a href="{name}">{name}</a></li>' for name in ("cmdline", "goroutine"))
+        return _html(f"<html><body><h1>/debug/pprof/</h1><ul>{profiles}</ul><p>{escape(_NO_PPROF)}</p>", _HEADERS)
+
+    async def _command_line(self, _request: web.Request) -> web.StreamResponse:
+        return _text("\0".join(sys.argv))
+
+    async def _mutex_profile(self, request: web.Request) -> web.StreamResponse:
+        """Stock derper's words to those who do not know how it is used; there is nothing that could be set."""
+        rate = request.query.get("rate", "")
+        if not rate or request.headers.get("Sec-Debug") != "derp":
+            return _text(_MUTEX_USAGE + "\n", status=400)
         return _text(_NO_PPROF + "\n", status=501)
 
 

@@ -22,6 +22,12 @@ from .sockets import tls_version
 __all__ = ["Site", "connections", "public_app", "redirect_app"]
 
 _CHALLENGE: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+_ABOUT: Final = """<html><body>
+<h1>DERP</h1>
+<p>This is a <a href="https://tailscale.com/">Tailscale</a> DERP server.</p>
+<p>It answers STUN, and relays packets between clients without a direct connection, encrypted end to end.</p>
+<p>More: <a href="https://tailscale.com/kb/1232/derp-servers">About DERP</a></p>
+"""
 _NO_STORE: Final = "no-cache, no-store, must-revalidate, no-transform, max-age=0"
 # The doorman has bounded the head, and its escapes make it at most three times as long.
 _NO_LIMITS: Final = dict.fromkeys(("max_headers", "max_line_size", "max_field_size"), 4 * HEAD_BYTES)
@@ -32,7 +38,7 @@ class Site:
     """What the pages need to know."""
 
     counters: Counters
-    home: str = ""  #: empty or "blank" for a blank page, or a URL to redirect to
+    home: str = ""  #: empty for a page about the server, "blank" for a blank one, or a URL to redirect to
     derp: bool = True  #: false: ``/derp`` answers 404
     bootstrap_dns: BootstrapDNS | None = None
     debug: Debug | None = None
@@ -62,7 +68,7 @@ def redirect_app(site: Site) -> web.Application:
 
 def _public_mux(site: Site) -> Mux:
     pages: dict[str, Handler] = {
-        "/": _home(site.home),
+        "/": _home(site),
         "/derp": no_upgrade if site.derp else disabled,
         "/derp/probe": probe,
         "/derp/latency-check": probe,
@@ -181,14 +187,25 @@ async def to_https(request: web.Request, main: Mux, debug: Debug | None) -> web.
     return redirect(request, 302, f"https://{request.headers.get('Host', '')}{path}")
 
 
-def _home(home: str) -> Handler:
-    async def blank(_request: web.Request) -> web.StreamResponse:
-        return web.Response(content_type="text/html", charset="utf-8", headers=BROWSER_HEADERS)
+def _home(site: Site) -> Handler:
+    async def page(request: web.Request) -> web.StreamResponse:
+        text = "" if site.home == "blank" else about(site, request)
+        return web.Response(text=text, content_type="text/html", charset="utf-8", headers=BROWSER_HEADERS)
 
     async def elsewhere(request: web.Request) -> web.StreamResponse:
-        return redirect(request, 302, home, BROWSER_HEADERS)
+        return redirect(request, 302, site.home, BROWSER_HEADERS)
 
-    return elsewhere if home.startswith("http") else blank
+    return elsewhere if site.home.startswith("http") else page
+
+
+def about(site: Site, request: web.Request) -> str:
+    """The page of those who choose none: what this server is, for whoever comes upon it."""
+    text = _ABOUT
+    if not site.derp:
+        text += "<p>Status: <b>disabled</b></p>\n"
+    if site.debug is not None and site.debug.access.allows(request):
+        text += "<p>Debug info at <a href='/debug/'>/debug/</a>.</p>\n"
+    return text + "</body>\n</html>\n"
 
 
 def _counted(counters: Counters, handler: Handler) -> Handler:

@@ -193,7 +193,7 @@ class Link(asyncio.BufferedProtocol):
         timeout = limits.mesh_write_timeout if session.can_mesh else limits.write_timeout
         if timeout and seconds > timeout:
             self._hub.counters.write_timeouts += 1
-            log.info("%s: %s has not read for %g s; closing", self._remote, session.key.short(), timeout)
+            log.info("derp: %s: %s has not read for %g s; closing", self._remote, session.key.short(), timeout)
             self.abort()
 
     # -- bytes in ------------------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ class Link(asyncio.BufferedProtocol):
         self._end(why)
 
     def _end(self, why: str) -> None:
-        log.info("%s: %s; closing", self._remote, why)
+        log.info("derp: %s: %s; closing", self._remote, why)  # as stock derper begins such lines
         self._close(_REFUSAL_SECONDS)
 
     def _cancel_timers(self) -> None:

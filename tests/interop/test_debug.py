@@ -47,7 +47,8 @@ async def test_index(both: Both) -> None:
     assert facts[1]["TLS hostname"] == both.ours.host_name
     link = re.compile(r'<li><a href="([^"]+)">\1</a> \(.+?\)</li>')
     links = [set(link.findall(answer.body.decode())) for answer in (stock, ours)]
-    go_only = {page for page in links[0] if "pprof" in page or "mutex" in page}
+    assert "/debug/pprof/" in links[1]
+    go_only = {page for page in links[0] if "goroutine?" in page or "mutex" in page}
     assert links[1] >= links[0] - go_only
 
 
@@ -182,3 +183,22 @@ async def test_pprof(both: Both) -> None:
     assert (answer.status, b"py-spy" in answer.body) == (501, True)
     tasks = await ask(both.ours, request("GET", "/debug/pprof/goroutine?debug=1"))
     assert (tasks.status, b"Stack for <Task" in tasks.body) == (200, True)
+
+
+async def test_what_pprof_tells_of_any_process(both: Both) -> None:
+    for relay in (both.stock, both.ours):
+        index = await ask(relay, request("GET", "/debug/pprof/"))
+        assert (index.status, b"goroutine" in index.body) == (200, True)
+        command_line = await ask(relay, request("GET", "/debug/pprof/cmdline"))
+        assert command_line.body.split(b"\0")[1:] == [flag.encode() for flag in relay.argv[1:]]
+
+
+async def test_the_mutex_profile(both: Both) -> None:
+    """Who does not know how to use it is told; ours has nothing to set."""
+    path = "/debug/set-mutex-profile-fraction"
+    for data in (request("GET", path), request("GET", f"{path}?rate=1"), request("POST", path, "Sec-Debug: derp")):
+        stock, ours = await ask(both.stock, data), await ask(both.ours, data)
+        assert stock.status == 400
+        assert ours == stock
+    right = request("GET", f"{path}?rate=0", "Sec-Debug: derp")
+    assert [(await ask(relay, right)).status for relay in (both.stock, both.ours)] == [200, 501]

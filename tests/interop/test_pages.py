@@ -120,12 +120,20 @@ async def test_without_derp(both: Both) -> None:
     assert (await ask(both.ours, upgrade)).body == b"derp server disabled\n"
 
 
-@pytest.mark.parametrize("both", [RelayOptions()], indirect=True)
-async def test_the_default_home(both: Both) -> None:
-    stock, ours = [await ask(relay, request("GET", "/")) for relay in (both.stock, both.ours)]
-    assert b"DERP server" in stock.body
-    assert ours.body == b""
-    assert ours.headers == (stock.headers - {("content-length", str(len(stock.body)))}) | {("content-length", "0")}
+@pytest.mark.parametrize("both", [RelayOptions(), RelayOptions(flags=("-derp=false",))], indirect=True)
+@pytest.mark.parametrize("path", ["/", "/no/such/page"])
+async def test_the_default_home(both: Both, path: str) -> None:
+    """In other words, with the same facts; the debug pages are named to those who may see them."""
+    for header in ("X: y", FORWARDED):
+        stock, ours = [await ask(relay, request("GET", path, header)) for relay in (both.stock, both.ours)]
+        assert ours.status == stock.status == 200
+        length = ("content-length", str(len(ours.body)))
+        assert ours.headers == {each for each in stock.headers if each[0] != "content-length"} | {length}
+        for part in (b"<h1>DERP</h1>", b'This is a <a href="https://tailscale.com/">Tailscale</a> DERP server.'):
+            assert part in stock.body
+            assert part in ours.body
+        for part in (b"Status: <b>disabled</b>", b"<a href='/debug/'>/debug/</a>"):
+            assert (part in ours.body) == (part in stock.body)
 
 
 async def test_a_home_that_is_none(make: str, relays: Relays) -> None:

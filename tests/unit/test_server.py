@@ -265,7 +265,7 @@ async def test_all_files_are_read_when_somebody_asks(region: Region, caplog: pyt
         assert node.relay.hub is not None
         await until(lambda: node.relay.hub.mesh_keys == MeshKeys(OTHER_KEY, (OTHER_KEY,)))
         names = ("settings", "server key", "mesh key", "certificates")
-        expected = ["derper: reading all files again", *(f"{name}: read" for name in names)]
+        expected = ["derper: received SIGHUP, reading all files again", *(f"{name}: read" for name in names)]
         assert [record.getMessage() for record in caplog.records] == expected
         replace_file(region.root / "mesh.key", "broken")
         node.relay.reload()
