@@ -171,7 +171,7 @@ async def relay(
     admission: Admission | None = None,
     limits: Limits | None = None,
     serve_derp: bool = True,
-    home: str = "",
+    home: str = "blank",
 ) -> AsyncIterator[LoopbackRelay]:
     """A running relay.  At the end nothing may be left of its connections, and no callback may have failed."""
     problems: list[dict[str, Any]] = []
