@@ -252,7 +252,8 @@ class Listener:
     def _introduced(self, arrival: _Arrival, header: ProxyHeader) -> None:
         """A proxy said who its client is."""
         arrival.sock.recv(header.size)
-        if header.source is not None:
+        # A loopback address of another machine is no address of ours, to which the debug pages would open.
+        if header.source is not None and not header.source[0].is_loopback:
             arrival.remote = Remote(*header.source)
         self._ask_for_hello(arrival)
 

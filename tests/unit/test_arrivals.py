@@ -241,6 +241,16 @@ async def test_a_proxys_own_connection() -> None:
         assert remote.ip == ip_address("127.0.0.1")
 
 
+async def test_a_client_on_the_proxys_own_machine() -> None:
+    """Its loopback address would be taken for one of ours: the proxy's address is the truth."""
+    first = SIGNATURE + b"\x21\x11" + pack(">H4s4sHH", 12, bytes((127, 0, 0, 9)), bytes(4), 5678, 443)
+    async with relay() as node:
+        node.listener.proxies = Proxies(LOOPBACK, protocol=True)
+        remote = await remote_of_client(node, first)
+        assert remote.ip == ip_address("127.0.0.1")
+        assert remote.port != 5678
+
+
 async def test_who_is_no_proxy_is_served_as_before() -> None:
     async with relay() as node:
         for proxies in (Proxies(), Proxies((ip_network("192.0.2.0/24"),), protocol=True), Proxies(LOOPBACK)):
