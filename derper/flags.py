@@ -50,14 +50,8 @@ def _port_or_none(value: int) -> int:
     return max(value, -1)
 
 
-def _number(value: float) -> float:
-    if not value >= 0:
-        raise ValueError("a number that is not negative")
-    return value
-
-
-def _count(value: int) -> int:
-    if value < 0:
+def _not_negative(value: float) -> float:
+    if not value >= 0:  # NaN neither
         raise ValueError("a number that is not negative")
     return value
 
@@ -156,8 +150,8 @@ _SWITCH: Final = Value(goflag.boolean)
 _DURATION: Final = Value(goflag.duration, _seconds)
 _ANY_DURATION: Final = Value(goflag.duration)
 _PORT: Final = Value(goflag.integer, _port_or_none)
-_NUMBER: Final = Value(goflag.floating, _number)
-_COUNT: Final = Value(goflag.integer, _count)
+_NUMBER: Final = Value(goflag.floating, _not_negative)
+_COUNT: Final = Value(goflag.integer, _not_negative)
 _ADDRESS: Final = Value(goflag.text, _address)
 _HOST_NAME: Final = Value(goflag.text, _host_name)
 _HOME: Final = Value(goflag.text, _home)

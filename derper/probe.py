@@ -139,9 +139,12 @@ def _stamp(report: NodeReport, start: float) -> None:
     report.tcp = time.perf_counter() - start
 
 
+def _host(node: DERPNode) -> str:
+    return next((address for address in (node.ipv4, node.ipv6) if address not in ("", "none")), node.host_name)
+
+
 async def _probe_stun(node: DERPNode) -> float:
-    host = next((address for address in (node.ipv4, node.ipv6) if address not in ("", "none")), node.host_name)
-    return (await stun_client.ask(host, node.stun_port or 3478)).seconds
+    return (await stun_client.ask(_host(node), node.stun_port or 3478)).seconds
 
 
 async def _cross(sender: Client, receiver: Client) -> float | str:
@@ -203,7 +206,7 @@ def _as_text(report: RegionReport) -> str:
 
 
 def _where(node: DERPNode) -> str:
-    host = next((address for address in (node.ipv4, node.ipv6) if address not in ("", "none")), node.host_name)
+    host = _host(node)
     try:
         shown = f"[{host}]" if ip_address(host).version == 6 else host
     except ValueError:

@@ -23,14 +23,13 @@ from typing import Any, Final
 from aiohttp import web
 
 from ..relay import consistency
+from ..relay.proxies import Network
 from .hub import Hub
 from .link import Link
 from .mux import BROWSER_HEADERS, Handler, client_of, error, not_found
 from .sockets import TCPInfo
 
 __all__ = ["Access", "Debug", "Facts"]
-
-Network = IPv4Network | IPv6Network
 
 _TAILSCALE: Final = (IPv4Network("100.64.0.0/10"), IPv6Network("fd7a:115c:a1e0::/48"))
 _CHROME_OS: Final = IPv4Network("100.115.92.0/23")  # its machines use a part of the range among themselves
