@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from derper import maplint
+from . import maplint
 
 __all__ = ["DERPHomeParams", "DERPMap", "DERPNode", "DERPRegion", "MapError", "from_json", "from_yaml", "lint"]
 

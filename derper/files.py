@@ -15,8 +15,8 @@ from typing import Final, Generic, TypeVar, cast
 
 from . import certs
 from .certs import CertificatePair
-from .net.hub import MeshKeys
-from .wire.keys import KeyFormatError, MeshKey, NodePrivate
+from .text import reason
+from .wire.keys import KeyFormatError, MeshKey, MeshKeys, NodePrivate
 
 __all__ = [
     "FileError",
@@ -132,7 +132,7 @@ def _signature(path: Path) -> object:
 
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError):
-        return f"{error.filename}: {(error.strerror or str(error)).lower()}"
+        return f"{error.filename}: {reason(error)}"
     return str(error)
 
 
@@ -141,7 +141,7 @@ def read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise FileError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+        raise FileError(f"{path}: {reason(error)}") from None
 
 
 def read_text(path: Path) -> str:
@@ -168,7 +168,7 @@ def make_key(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_private(path, NodePrivate.generate().to_config().encode())
     except OSError as error:
-        raise FileError(f"cannot make the key file {path}: {(error.strerror or str(error)).lower()}") from None
+        raise FileError(f"cannot make the key file {path}: {reason(error)}") from None
 
 
 def load_mesh_keys(path: Path) -> MeshKeys:
@@ -217,7 +217,7 @@ def make_ip_certificate(stem: Path, host: str, now: datetime) -> None:
         cert_path.write_bytes(pair.cert_pem)
         _write_private(key_path, pair.key_pem)
     except OSError as error:
-        raise FileError(f"cannot write the certificate {cert_path}: {(error.strerror or str(error)).lower()}") from None
+        raise FileError(f"cannot write the certificate {cert_path}: {reason(error)}") from None
 
 
 def _write_private(path: Path, data: bytes) -> None:

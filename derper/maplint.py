@@ -8,10 +8,10 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from derper.certs import PIN_PREFIX, ip_address_of
+from .certs import PIN_PREFIX, ip_address_of
 
 if TYPE_CHECKING:
-    from derper.derpmap import DERPMap, DERPNode, DERPRegion
+    from .derpmap import DERPMap, DERPNode, DERPRegion
 
 FIRST_CUSTOM_ID, LAST_CUSTOM_ID = 900, 999
 

@@ -28,6 +28,7 @@ import aiohttp
 from . import certs
 from .derpmap import DERPMap, DERPNode, DERPRegion
 from .runtime import run, stop_signals
+from .text import reason
 from .wire.keys import NodePrivate
 
 __all__ = ["main"]
@@ -156,7 +157,7 @@ def _free_ports(host: str, count: int) -> list[_Ports]:
             try:
                 sock.bind((host, 0))
             except OSError as error:
-                raise RegionError(f"cannot listen on {host}: {(error.strerror or str(error)).lower()}") from None
+                raise RegionError(f"cannot listen on {host}: {reason(error)}") from None
             return int(sock.getsockname()[1])
 
         tcp, udp = socket.SOCK_STREAM, socket.SOCK_DGRAM
@@ -286,4 +287,4 @@ def _publish(text: str, path: Path | None) -> None:
         try:
             path.write_text(text)
         except OSError as error:
-            raise RegionError(f"cannot write {path}: {(error.strerror or str(error)).lower()}") from None
+            raise RegionError(f"cannot write {path}: {reason(error)}") from None

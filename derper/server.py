@@ -43,6 +43,7 @@ from .net.tls import ServerTLS, utc_now
 from .relay.limits import TokenBucket
 from .relay.session import Remote
 from .state import RelayState
+from .text import reason
 from .wire import frames
 
 __all__ = ["Relay", "StartError", "Timings"]
@@ -283,7 +284,7 @@ class Relay:
         try:
             await health.listen_unix(path)
         except OSError as error:
-            text = f"cannot listen on {path}: {_why(error)}; choose another with -status-socket"
+            text = f"cannot listen on {path}: {reason(error)}; choose another with -status-socket"
             if self.config.status_socket:
                 raise StartError(text) from None
             log.warning("%s", text)  # nobody has asked for it: a second relay on this machine, perhaps
@@ -377,8 +378,4 @@ def _host_port(host: str, port: int) -> str:
 
 def _cannot_listen(kind: str, host: str, port: int, error: OSError, flag: str) -> str:
     where = f"{kind} {host or '*'}:{port}"
-    return f"cannot listen on {where}: {_why(error)}; stop what uses it or choose another with {flag}"
-
-
-def _why(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()
+    return f"cannot listen on {where}: {reason(error)}; stop what uses it or choose another with {flag}"

@@ -21,7 +21,6 @@ from .certs import CertificateError, CertificatePair, check
 from .client import Endpoint
 from .config import Config
 from .files import FileError, Watched
-from .net.hub import MeshKeys
 from .net.mesh import Peer
 from .net.tailscaled import default_socket
 from .net.tls import check_usable
@@ -29,7 +28,7 @@ from .relay.admission import AdmissionPolicy, KeyListError, parse_key_list
 from .relay.limits import Limits, RateConfigError, parse_rate_config
 from .relay.proxies import Proxies
 from .settings import Settings, parse_settings
-from .wire.keys import NodePrivate
+from .wire.keys import MeshKeys, NodePrivate
 
 __all__ = ["RelayState"]
 

@@ -1,10 +1,10 @@
-"""Tables and measures as the commands print them."""
+"""Tables, measures and reasons as people read them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["bytes_of", "duration", "milliseconds", "table"]
+__all__ = ["bytes_of", "duration", "milliseconds", "reason", "table"]
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -37,3 +37,8 @@ def bytes_of(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} GiB"
+
+
+def reason(error: OSError) -> str:
+    """What the system says, as a part of a sentence."""
+    return (error.strerror or str(error)).lower()

@@ -15,8 +15,7 @@ from ..relay.router import Router
 from ..relay.session import Session
 from ..wire import frames
 from ..wire.frames import KEEP_ALIVE_SECONDS, MAX_CLIENT_INFO
-from ..wire.handshake import ClientInfo
-from ..wire.keys import MeshKey, NodePrivate
+from ..wire.keys import MeshKeys, NodePrivate
 from .admission import Admission
 from .roundtrips import RoundTrips
 from .stalls import Stalls
@@ -24,7 +23,7 @@ from .stalls import Stalls
 if TYPE_CHECKING:
     from .link import Link
 
-__all__ = ["Hub", "MeshKeys"]
+__all__ = ["Hub"]
 
 log = logging.getLogger("derper")
 
@@ -32,19 +31,6 @@ _KEEP_ALIVE_JITTER: Final = 5  # seconds
 _TICK: Final = 1.0
 _LOOK: Final = 0.1  # seconds between looks for stalled clients
 _READ_BUFFER: Final = 2 * MAX_CLIENT_INFO  # the longest frame that must be held whole, and as much again to read into
-
-
-@dataclass(frozen=True, slots=True)
-class MeshKeys:
-    """The mesh key that the relay presents, and all that it accepts (more than one while keys are rotated)."""
-
-    current: MeshKey
-    accepted: tuple[MeshKey, ...]
-
-    def accepts(self, info: ClientInfo) -> bool:
-        """Whether the client holds a mesh key; every key is compared, in constant time each."""
-        offered = info.mesh_key
-        return offered is not None and sum(key == offered for key in self.accepted) > 0
 
 
 @dataclass(slots=True)

@@ -251,7 +251,7 @@ class Link(asyncio.BufferedProtocol):
 
     def _admit(self, key: NodePublic, info: ClientInfo, used: int, end: int) -> int:
         hub = self._hub
-        can_mesh = hub.mesh_keys is not None and hub.mesh_keys.accepts(info)
+        can_mesh = hub.mesh_keys is not None and hub.mesh_keys.accepts(info.mesh_key)
         if can_mesh or hub.admission.admits_at_once(key):
             self._open(key, info, can_mesh)
             assert self._session is not None

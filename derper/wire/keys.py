@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hmac
 import json
+from dataclasses import dataclass
 from typing import Final
 
 from nacl.exceptions import CryptoError
@@ -16,7 +17,7 @@ from nacl.public import Box, PrivateKey, PublicKey
 
 from .errors import ProtocolError
 
-__all__ = ["KEY_LEN", "NONCE_LEN", "KeyFormatError", "MeshKey", "NodePrivate", "NodePublic"]
+__all__ = ["KEY_LEN", "NONCE_LEN", "KeyFormatError", "MeshKey", "MeshKeys", "NodePrivate", "NodePublic"]
 
 KEY_LEN: Final = 32
 NONCE_LEN: Final = 24
@@ -166,3 +167,15 @@ class MeshKey:
 
     def __repr__(self) -> str:
         return "<mesh key>"
+
+
+@dataclass(frozen=True, slots=True)
+class MeshKeys:
+    """The mesh key that the relay presents, and all that it accepts (more than one while keys are rotated)."""
+
+    current: MeshKey
+    accepted: tuple[MeshKey, ...]
+
+    def accepts(self, offered: MeshKey | None) -> bool:
+        """Whether a client that offers this key is a mesh peer; all are compared, in constant time each."""
+        return offered is not None and sum(key == offered for key in self.accepted) > 0

@@ -20,11 +20,10 @@ from derper import certs, client
 from derper.certs import CertificateError, CertificatePair
 from derper.client import DialError, Endpoint, Options, check_peer, dial_endpoint, dial_node, dial_region, endpoint_of
 from derper.derpmap import DERPNode, DERPRegion
-from derper.net.hub import MeshKeys
 from derper.wire import frames, handshake
 from derper.wire.client import KeepAlive, PeerGone, PeerPresent, Pong, ReceivedPacket
 from derper.wire.handshake import ServerInfo
-from derper.wire.keys import MeshKey, NodePublic
+from derper.wire.keys import MeshKey, MeshKeys, NodePublic
 
 from .loopback import HOST_NAME, PATIENCE, LoopbackRelay, pair_for, private, relay, until
 

@@ -18,7 +18,7 @@ from derper.net import link as link_module
 from derper.net import stalls as stalls_module
 from derper.net.admission import Address, Admission
 from derper.net.doorman import Doorman, Reception
-from derper.net.hub import Hub, MeshKeys, _Wheel
+from derper.net.hub import Hub, _Wheel
 from derper.net.link import Link
 from derper.net.stalls import Stalls
 from derper.relay.admission import AdmissionPolicy
@@ -28,7 +28,7 @@ from derper.relay.session import Session
 from derper.wire import frames, handshake
 from derper.wire.frames import HEADER, FrameType
 from derper.wire.handshake import ClientInfo
-from derper.wire.keys import MeshKey, NodePrivate, NodePublic
+from derper.wire.keys import MeshKey, MeshKeys, NodePrivate, NodePublic
 
 from .core import Bench, events_of
 from .loopback import FAST, PATIENCE, LoopbackRelay, RawClient, private, relay, until

@@ -15,13 +15,12 @@ import pytest
 from derper import certs
 from derper.client import Client
 from derper.net import mesh as mesh_module
-from derper.net.hub import MeshKeys
 from derper.net.listener import SocketOptions
 from derper.net.mesh import Mesh, MeshLink, Peer, Timings
 from derper.relay.counters import Counters, DropReason
 from derper.wire import frames
 from derper.wire.client import PeerGone, ReceivedPacket
-from derper.wire.keys import MeshKey, NodePublic
+from derper.wire.keys import MeshKey, MeshKeys, NodePublic
 
 from .core import key
 from .loopback import PATIENCE, LoopbackRelay, private, relay, until

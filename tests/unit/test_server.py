@@ -24,7 +24,6 @@ from derper import certs, server
 from derper.certs import CertificatePair
 from derper.client import Client, DialError, Endpoint, dial_endpoint
 from derper.config import parse_flags
-from derper.net.hub import MeshKeys
 from derper.net.link import Link
 from derper.net.listener import Listener
 from derper.net.mesh import Mesh
@@ -32,7 +31,7 @@ from derper.relay.proxies import Proxies, networks
 from derper.server import Relay, StartError, Timings
 from derper.wire import stun
 from derper.wire.client import PeerGone, ReceivedPacket, Restarting
-from derper.wire.keys import MeshKey, NodePrivate
+from derper.wire.keys import MeshKey, MeshKeys, NodePrivate
 
 from .loopback import PATIENCE, RawClient, free_port, pair_for, private, until
 
