@@ -6,7 +6,6 @@ Names of ours begin with ``derper_``.  Everything is read when it is asked for; 
 from __future__ import annotations
 
 import asyncio
-import os
 import platform
 import resource
 import sys
@@ -14,10 +13,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from . import __version__
+from . import __version__, procfs
 from .expvar import Func, LabelMap, MultiLabelMap, Text, Tree, Value, varz
 from .relay.counters import DropReason
 
@@ -26,10 +24,7 @@ if TYPE_CHECKING:
     from .net.hub import Hub
     from .server import Relay
 
-__all__ = ["process", "published", "resident_memory", "text"]
-
-_PROC: Final = Path("/proc")
-_PAGE: Final = resource.getpagesize()
+__all__ = ["process", "published", "text"]
 
 
 def text(relay: Relay) -> str:
@@ -55,7 +50,7 @@ def published(relay: Relay) -> Tree:
         "stun": _stun(relay),
         "version": Text(__version__, {"binary": "derper"}),
     }
-    if boot_time := _boot_time():
+    if boot_time := procfs.boot_time():
         tree["node_boot_time_seconds"] = Func(boot_time)
     if relay.hub is not None:
         tree["derp"] = _derp(relay, relay.hub)
@@ -88,7 +83,7 @@ def _derp(relay: Relay, hub: Hub) -> Tree:
         "gauge_current_connections": counters.current_connections,
         "gauge_current_dup_client_conns": router.duplicate_connections,
         "gauge_current_dup_client_keys": router.duplicate_keys,
-        "gauge_current_file_descriptors": Func(_open_files()),
+        "gauge_current_file_descriptors": Func(procfs.open_files()),
         "gauge_current_home_connections": counters.current_home_connections,
         "gauge_current_notideal_connections": counters.current_notideal_connections,
         "gauge_memstats_sys0": Func(relay.memory_at_start),
@@ -209,9 +204,9 @@ def process() -> Tree:
             "gauge", "Maximum amount of virtual memory available in bytes.", _limit(resource.RLIMIT_AS)
         ),
     }
-    if not (_PROC / "self").exists():
+    if not procfs.available():
         return tree
-    received, sent = _network_bytes()
+    received, sent = procfs.network_bytes()
     return tree | {
         "process_network_receive_bytes_total": _single(
             "counter", "Number of bytes received by the process over the network.", received
@@ -219,12 +214,12 @@ def process() -> Tree:
         "process_network_transmit_bytes_total": _single(
             "counter", "Number of bytes sent by the process over the network.", sent
         ),
-        "process_open_fds": _single("gauge", "Number of open file descriptors.", _open_files()),
-        "process_resident_memory_bytes": _single("gauge", "Resident memory size in bytes.", resident_memory()),
+        "process_open_fds": _single("gauge", "Number of open file descriptors.", procfs.open_files()),
+        "process_resident_memory_bytes": _single("gauge", "Resident memory size in bytes.", procfs.memory().resident),
         "process_start_time_seconds": _single(
-            "gauge", "Start time of the process since unix epoch in seconds.", _start_time()
+            "gauge", "Start time of the process since unix epoch in seconds.", procfs.start_time()
         ),
-        "process_virtual_memory_bytes": _single("gauge", "Virtual memory size in bytes.", _memory()[0]),
+        "process_virtual_memory_bytes": _single("gauge", "Virtual memory size in bytes.", procfs.memory().virtual),
     }
 
 
@@ -235,49 +230,3 @@ def _single(kind: str, explanation: str, value: float) -> MultiLabelMap:
 def _limit(which: int) -> float:
     soft = resource.getrlimit(which)[0]
     return float(2**64 - 1) if soft == resource.RLIM_INFINITY else soft
-
-
-def _open_files() -> int:
-    folder = _PROC / "self" / "fd"
-    try:
-        return folder.stat().st_size or len(os.listdir(folder))  # before Linux 6.2 the size is 0, and the list slow
-    except FileNotFoundError:
-        return 0
-
-
-def resident_memory() -> int:
-    """Bytes, or 0 where the system does not tell."""
-    return _memory()[1]
-
-
-def _memory() -> tuple[int, int]:
-    """Virtual and resident, in bytes."""
-    try:
-        size, resident = (_PROC / "self" / "statm").read_text().split()[:2]
-    except FileNotFoundError:
-        return 0, 0
-    return int(size) * _PAGE, int(resident) * _PAGE
-
-
-def _boot_time() -> int:
-    """Unix time, or 0 where the system does not tell."""
-    try:
-        lines = (_PROC / "stat").read_text().splitlines()
-    except FileNotFoundError:
-        return 0
-    return next((int(line.removeprefix("btime ")) for line in lines if line.startswith("btime ")), 0)
-
-
-def _start_time() -> float:
-    after_name = (_PROC / "self" / "stat").read_text().rpartition(")")[2].split()
-    return _boot_time() + int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # proc(5): field 22, starttime
-
-
-def _network_bytes() -> tuple[int, int]:
-    """Received and sent, of all that shares the process's network."""
-    rows = [line.split() for line in (_PROC / "self" / "net" / "netstat").read_text().splitlines()]
-    for names, values in zip(rows[::2], rows[1::2], strict=True):
-        if names[0] == "IpExt:":
-            found = dict(zip(names, values, strict=True))
-            return int(found["InOctets"]), int(found["OutOctets"])
-    return 0, 0

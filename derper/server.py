@@ -23,12 +23,12 @@ from typing import Any, Final
 
 from aiohttp import web
 
+from . import procfs
 from .certs import CertificateError, CertificatePair, ip_address_of, pin
 from .config import Config
 from .derpmap import DERPNode
 from .files import FileError
 from .health import Health, debug_facts, default_socket
-from .metrics import resident_memory
 from .net.admission import Admission
 from .net.bootstrap_dns import BootstrapDNS, SystemResolver
 from .net.debug import Access, Debug
@@ -84,7 +84,7 @@ class Relay:
         self.listener: Listener | None = None
         self.draining = False
         self.started_at = utc_now()
-        self.memory_at_start = resident_memory()
+        self.memory_at_start = procfs.memory().resident
         self.bootstrap_dns = BootstrapDNS(
             config.bootstrap_dns, config.unpublished_dns, resolver=SystemResolver(), rng=rng
         )

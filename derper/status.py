@@ -11,10 +11,9 @@ import platform
 import resource
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from . import __version__
+from . import __version__, procfs
 
 if TYPE_CHECKING:
     from .relay.session import Session
@@ -189,8 +188,6 @@ def _process(started_at: datetime) -> dict[str, Any]:
         "cpuSeconds": round(usage.ru_utime + usage.ru_stime, 2),
         "fileLimit": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     }
-    proc = Path("/proc/self")
-    if proc.exists():
-        pages = int((proc / "statm").read_text().split()[1])
-        entry |= {"residentBytes": pages * resource.getpagesize(), "openFiles": len(os.listdir(proc / "fd"))}
+    if procfs.available():
+        entry |= {"residentBytes": procfs.memory().resident, "openFiles": procfs.open_files()}
     return entry

@@ -14,10 +14,9 @@ import json
 import os
 import signal
 import sys
-from pathlib import Path
 from typing import Any
 
-from derper import certs, cli
+from derper import certs, cli, procfs
 from derper.server import Relay
 
 
@@ -52,7 +51,7 @@ class WatchedRelay(Relay):
         return {
             "descriptors": len(os.listdir("/proc/self/fd")),
             "tasks": len(asyncio.all_tasks()),
-            "memory": _resident(),
+            "memory": procfs.memory().resident,
             "links": len(hub.links) + len(hub.paused) + len(listener._arrivals),
             "clients": len(router.active),
             "tables": len(router.watchers) + len(router._duplicates) + len(router._interested) + len(hub._wheel.places),
@@ -75,11 +74,6 @@ def _trim() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def _resident() -> int:
-    """Bytes of memory that the process has."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def say(**members: object) -> None:
