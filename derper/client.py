@@ -10,21 +10,16 @@ The mesh, the prober and the tests use it::
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import ssl
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from ipaddress import ip_address
-from typing import Any, Final
-
-from aiohappyeyeballs import AddrInfoType, start_connection
-from cryptography import x509
+from typing import Final
 
 from . import certs
 from .derpmap import DERPNode, DERPRegion
+from .dial import DialError, Endpoint, connect, endpoint_of, reason, start_tls, verify
 from .wire import client as wire
 from .wire import frames
 from .wire.client import Event, PeerGone, ReceivedPacket
@@ -38,30 +33,6 @@ DIAL_SECONDS: Final = 1.5  # for DNS and TCP (derphttp, dialNodeTimeout)
 CONNECT_SECONDS: Final = 10.0  # TLS, HTTP and DERP together (derphttp, connect)
 _HEAD_BYTES: Final = 8 << 10
 _EVENTS: Final = 256  # that may wait for the reader, and those of one read more
-_NEXT_ADDRESS: Final = 0.25  # seconds; when to try the next one as well (RFC 8305, section 5)
-
-
-class DialError(Exception):
-    """A node cannot be used; the message is one sentence.  `stage` says how far it got: tcp, tls, http or derp."""
-
-    def __init__(self, stage: str, message: str) -> None:
-        super().__init__(message)
-        self.stage = stage
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where to dial and whom to expect there."""
-
-    addresses: tuple[str, ...]  #: IP addresses or DNS names; names are asked for when no IP address answers
-    port: int
-    host_name: str  #: sent as SNI unless it is an IP address, and as HTTP host
-    cert_name: str = ""  #: ``sha256-raw:<hex>``, or a name that the certificate must carry, or empty: `host_name`
-    insecure: bool = False
-    roots: ssl.SSLContext | None = None  #: trust these authorities and not the system's
-
-    def __str__(self) -> str:
-        return f"{self.host_name} ({', '.join(self.addresses)} port {self.port})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,21 +130,6 @@ class Client:
         await self._protocol.wait_closed()
 
 
-def endpoint_of(node: DERPNode, roots: ssl.SSLContext | None = None) -> Endpoint:
-    """Where a node of the map is.  An empty IPv4 or IPv6 means to ask DNS, "none" not to use the family."""
-    addresses = [address for address in (node.ipv4, node.ipv6) if address and address != "none"]
-    if "" in (node.ipv4, node.ipv6) and node.host_name not in addresses:
-        addresses.append(node.host_name)
-    return Endpoint(
-        addresses=tuple(addresses),
-        port=node.derp_port or 443,
-        host_name=node.host_name,
-        cert_name=node.cert_name,
-        insecure=node.insecure_for_tests,
-        roots=roots,
-    )
-
-
 async def dial_region(region: DERPRegion, private_key: NodePrivate, options: Options | None = None) -> Client:
     """Connect to the first node of the region that accepts TCP (derphttp.dialRegion).
 
@@ -187,7 +143,7 @@ async def dial_region(region: DERPRegion, private_key: NodePrivate, options: Opt
     chosen = options or Options()
     for node in candidates:
         try:
-            connection = await _dial_tcp(endpoint_of(node), chosen)
+            connection = await connect(endpoint_of(node), chosen.dial_seconds, chosen.prepare)
         except DialError as error:
             first_error = first_error or error
             continue
@@ -205,118 +161,8 @@ async def dial_node(node: DERPNode, private_key: NodePrivate, options: Options |
 async def dial_endpoint(endpoint: Endpoint, private_key: NodePrivate, options: Options | None = None) -> Client:
     """Connect to a server that is not in a map, as the mesh does.  Raises `DialError`."""
     chosen = options or Options()
-    return await _upgrade(await _dial_tcp(endpoint, chosen), endpoint, private_key, chosen, chosen.ideal_node)
-
-
-# -- TCP and TLS -----------------------------------------------------------------------------------------
-
-
-class _Idle(asyncio.Protocol):
-    """Stands in until TLS is up."""
-
-
-async def _dial_tcp(endpoint: Endpoint, options: Options) -> asyncio.Transport:
-    """Connect to the first address that answers, and of those the first in order."""
-    literals = [address for address in endpoint.addresses if _is_ip(address)]
-    names = [address for address in endpoint.addresses if not _is_ip(address)]
-    problem: Exception | None = None
-    for addresses in (literals, names):
-        try:
-            if addresses:
-                async with asyncio.timeout(options.dial_seconds):
-                    return await _race(addresses, endpoint.port, options)
-        except TimeoutError:
-            problem = problem or TimeoutError(f"no answer within {options.dial_seconds:g} s")
-        except OSError as error:
-            problem = problem or error
-    raise DialError("tcp", f"cannot reach {endpoint}: {_reason(problem)}")
-
-
-async def _race(addresses: Sequence[str], port: int, options: Options) -> asyncio.Transport:
-    """Connect to whichever address is faster; families alternate, each a little later (RFC 8305)."""
-    loop = asyncio.get_running_loop()
-    found: list[AddrInfoType] = []
-    problem: OSError | None = None
-    for address in addresses:
-        try:
-            found += await loop.getaddrinfo(address, port, type=socket.SOCK_STREAM)
-        except UnicodeError:  # Python encodes names itself
-            problem = problem or OSError(f"{address!r} is not a host name")
-        except OSError as error:
-            problem = problem or error
-    if not found:
-        raise problem or OSError("it has no address")
-    sock = await start_connection(found, happy_eyeballs_delay=_NEXT_ADDRESS)
-    try:
-        if options.prepare is not None:
-            options.prepare(sock)
-        transport, _ = await loop.create_connection(_Idle, sock=sock)
-    except BaseException:
-        sock.close()
-        raise
-    return transport
-
-
-def _is_ip(address: str) -> bool:
-    try:
-        ip_address(address)
-    except ValueError:
-        return False
-    return True
-
-
-def client_context(endpoint: Endpoint) -> ssl.SSLContext:
-    """A context that checks the chain only where a name is expected; `check_peer` does the rest."""
-    if endpoint.insecure or endpoint.cert_name.startswith(certs.PIN_PREFIX):
-        # Not the default context: to read the system's authorities takes 20 ms, in which the loop stands still.
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    else:
-        context = endpoint.roots or ssl.create_default_context()
-        context.check_hostname = False
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    return context
-
-
-def check_peer(endpoint: Endpoint, presented: Sequence[x509.Certificate], now: datetime) -> None:
-    """Check what the server presented, as tlsdial does.  Raises `certs.CertificateError`."""
-    if endpoint.insecure:
-        return
-    server_name = "" if certs.ip_address_of(endpoint.host_name) else endpoint.host_name
-    if endpoint.cert_name.startswith(certs.PIN_PREFIX):
-        certs.verify_pin(presented, endpoint.cert_name, server_name=server_name, now=now)
-    else:
-        certs.check(presented[0], now=now, name=endpoint.cert_name or endpoint.host_name, source="The certificate")
-
-
-def presented_certificates(connection: Any) -> list[x509.Certificate]:
-    """The certificates that the peer sent, leaf first."""
-    public = getattr(connection, "get_unverified_chain", None)  # Python 3.13
-    if public is not None:
-        return [x509.load_der_x509_certificate(der) for der in public()]
-    private = connection._sslobj.get_unverified_chain()
-    return [x509.load_pem_x509_certificate(item.public_bytes().encode()) for item in private]
-
-
-async def _start_tls(transport: asyncio.Transport, endpoint: Endpoint, protocol: _Protocol) -> NodePublic | None:
-    """TLS, and the server's key if a meta certificate tells it."""
-    loop = asyncio.get_running_loop()
-    name = endpoint.host_name or endpoint.addresses[0]
-    secured = await loop.start_tls(transport, protocol, client_context(endpoint), server_hostname=name)
-    if secured is None:
-        raise ConnectionResetError("the connection closed during the TLS handshake")
-    protocol.attach(secured)
-    connection = secured.get_extra_info("ssl_object")
-    chain = presented_certificates(connection)
-    check_peer(endpoint, chain, datetime.now(UTC))
-    if connection.version() != "TLSv1.3":
-        return None
-    for certificate in chain:
-        key = certs.meta_key(certificate)
-        if key is not None:
-            return NodePublic(bytes.fromhex(key[0]))
-    return None
+    connection = await connect(endpoint, chosen.dial_seconds, chosen.prepare)
+    return await _upgrade(connection, endpoint, private_key, chosen, chosen.ideal_node)
 
 
 # -- HTTP and DERP ---------------------------------------------------------------------------------------
@@ -331,7 +177,8 @@ async def _upgrade(
         options.connected()
     try:
         async with asyncio.timeout(options.connect_seconds):
-            announced = await _start_tls(transport, endpoint, protocol)
+            protocol.transport = await start_tls(transport, endpoint, protocol)
+            announced = verify(protocol.transport, endpoint)
             fast = announced if options.fast_start else None
             stage = "http" if fast is None else "derp"
             protocol.begin(_request(endpoint, ideal_node, fast is not None), fast)
@@ -340,11 +187,11 @@ async def _upgrade(
                 raise ProtocolError(f"the server's key is {server_key}, not {options.server_key}")
             return Client(protocol.transport, protocol, server_key)
     except (certs.CertificateError, ssl.SSLError) as error:
-        problem = DialError("tls", f"{endpoint}: {_reason(error)}")
+        problem = DialError("tls", f"{endpoint}: {reason(error)}")
     except TimeoutError:
         problem = DialError(stage, f"{endpoint}: no DERP connection within {options.connect_seconds:g} s")
     except (ProtocolError, OSError, ValueError) as error:  # ValueError: a name or a certificate that is none
-        problem = DialError(protocol.stage or stage, f"{endpoint}: {_reason(error)}")
+        problem = DialError(protocol.stage or stage, f"{endpoint}: {reason(error)}")
     except BaseException:
         protocol.abort(transport)
         raise
@@ -382,9 +229,6 @@ class _Protocol(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._closed = asyncio.get_running_loop().create_future()
         self._early = bytearray()
-
-    def attach(self, transport: asyncio.Transport) -> None:
-        self.transport = transport
 
     def abort(self, transport: asyncio.Transport) -> None:
         """Give the connection up, at whatever stage it is."""
@@ -441,7 +285,7 @@ class _Protocol(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.paused = True
         if self.closed_because is None:
-            self.closed_because = _reason(exc) if exc else "the server closed the connection"
+            self.closed_because = reason(exc) if exc else "the server closed the connection"
         if not self._closed.done():
             self._closed.set_result(None)
         self._wake()
@@ -493,15 +337,3 @@ class _Protocol(asyncio.Protocol):
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-
-
-def _reason(error: BaseException | None) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"the certificate is not trusted: {error.verify_message}"
-    if isinstance(error, ssl.SSLError | socket.gaierror):  # their numbers are not the system's
-        return error.strerror or str(error)
-    if isinstance(error, OSError) and error.errno:  # asyncio puts the address into the text
-        return os.strerror(error.errno).lower()
-    if isinstance(error, ConnectionError) and not str(error):
-        return "the server closed the connection"
-    return str(error) or type(error).__name__

@@ -14,7 +14,7 @@ import pytest
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from derper.client import presented_certificates
+from derper.dial import presented_certificates
 from tests.unit.hellos import extension, hello, names, real_hello, records
 
 from ..tls import trusting

@@ -16,9 +16,9 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from derper import certs, client
+from derper import certs, client, dial
 from derper.certs import CertificateError, CertificatePair
-from derper.client import DialError, Endpoint, Options, check_peer, dial_endpoint, dial_node, dial_region, endpoint_of
+from derper.client import DialError, Endpoint, Options, dial_endpoint, dial_node, dial_region, endpoint_of
 from derper.derpmap import DERPNode, DERPRegion
 from derper.wire import frames, handshake
 from derper.wire.client import KeepAlive, PeerGone, PeerPresent, Pong, ReceivedPacket
@@ -397,17 +397,17 @@ async def test_an_unknown_authority(node: LoopbackRelay, cert_name: str) -> None
 def test_a_pin_does_not_weaken_the_context_that_others_share() -> None:
     roots = trusting(pair_for(HOST_NAME))
     pinned = Endpoint((), 1, HOST_NAME, certs.PIN_PREFIX + "0" * 64, roots=roots)
-    assert client.client_context(pinned).verify_mode == ssl.CERT_NONE
-    assert client.client_context(replace(pinned, cert_name="", insecure=True)).verify_mode == ssl.CERT_NONE
+    assert dial.client_context(pinned).verify_mode == ssl.CERT_NONE
+    assert dial.client_context(replace(pinned, cert_name="", insecure=True)).verify_mode == ssl.CERT_NONE
     assert roots.verify_mode == ssl.CERT_REQUIRED
-    named = client.client_context(replace(pinned, cert_name=""))
+    named = dial.client_context(replace(pinned, cert_name=""))
     assert (named, named.verify_mode, named.minimum_version) == (roots, ssl.CERT_REQUIRED, ssl.TLSVersion.TLSv1_2)
 
 
 def test_the_meta_certificate_is_not_taken_for_a_leaf() -> None:
     meta = x509.load_der_x509_certificate(certs.meta_certificate("5a" * 32, NOW))
     with pytest.raises(CertificateError, match=r"^The server presented no certificate\.$"):
-        check_peer(Endpoint((), 1, HOST_NAME, certs.pin(meta)), [meta], NOW)
+        dial.check_peer(Endpoint((), 1, HOST_NAME, certs.pin(meta)), [meta], NOW)
 
 
 async def test_another_server_key(node: LoopbackRelay) -> None:

@@ -10,7 +10,7 @@ from cryptography import x509
 
 from derper import certs
 from derper.certs import CertificateError, CertificatePair
-from derper.client import presented_certificates
+from derper.dial import presented_certificates
 from derper.net.tls import ServerTLS
 from derper.wire import clienthello
 from derper.wire.clienthello import ClientHello, HelloError
