@@ -1,8 +1,8 @@
 """Command lines as Go's flag package reads them, down to how numbers are written (flag, strconv, time.ParseDuration).
 
 ``-flag value``, ``-flag=value``, the same with two dashes; a switch takes its value behind ``=`` only, and none means
-true.  The last of several counts.  Unlike Go's programs we take no further arguments: behind ``-switch false`` stock
-derper ignores the rest of the line.
+true.  The last of several counts.  Errors begin with Go's words.  Unlike Go's programs we take no further arguments:
+behind ``-switch false`` stock derper ignores the rest of the line.
 """
 
 from __future__ import annotations
@@ -119,19 +119,20 @@ def parse(arguments: Sequence[str], kinds: Mapping[str, Kind]) -> dict[str, Any]
             raise FlagError(_unexpected(rest[0] if argument == "--" else argument))
         match = re.fullmatch(r"--?([^-=][^=]*)(=(.*))?", argument, re.DOTALL)
         if match is None:
-            raise FlagError(f"{argument!r} is no flag; derper -help lists the flags")
+            raise FlagError(f"bad flag syntax: {argument}; derper -help lists the flags")
         name = match[1]
         if name not in kinds:
             if name in ("h", "help"):
                 raise HelpWanted
-            raise FlagError(f"unknown flag -{name}; derper -help lists the flags")
+            raise FlagError(f"flag provided but not defined: -{name}; derper -help lists the flags")
         if match[2] is None and kinds[name] is not boolean and not rest:
-            raise FlagError(f"-{name} needs a value")
+            raise FlagError(f"flag needs an argument: -{name}")
         given = match[3] if match[2] else "true" if kinds[name] is boolean else rest.pop(0)
         try:
             values[name] = kinds[name](given)
         except ValueError as error:
-            raise FlagError(f"-{name} must be {error}, not {given!r}") from None
+            kind, which = ("boolean ", "") if kinds[name] is boolean else ("", "flag ")
+            raise FlagError(f'invalid {kind}value "{given}" for {which}-{name}: it must be {error}') from None
     return values
 
 

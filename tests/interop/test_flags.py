@@ -96,6 +96,14 @@ async def test_how_flags_are_written(command: Command) -> None:
     status, _, _ = await command.run("-a", ":1", "--a=:2", "--a", ":3", "-a=-h", "-home", "-x", "-dev", "-version")
     assert status == 0
     assert (await command.run("-version=false", "-version"))[0] == 0
+    for arguments, words in (
+        (["-wat"], "flag provided but not defined: -wat"),
+        (["-a"], "flag needs an argument: -a"),
+        (["---a"], "bad flag syntax: ---a"),
+        (["-stun=wat"], 'invalid boolean value "wat" for -stun: '),
+        (["-stun-port", "wat"], 'invalid value "wat" for flag -stun-port: '),
+    ):
+        assert words in (await command.run(*arguments))[2]
     for wrong in (["-wat"], ["--wat=1"], ["-a"], ["---a", ":1"], ["-=1"], ["-version", "-wat"], ["-wat", "-h"]):
         status, out, err = await command.run(*wrong)
         assert (status, out) == (2, "")

@@ -278,19 +278,22 @@ def test_mistakes(arguments: tuple[str, ...], message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("-wat",), "unknown flag -wat; derper -help lists the flags"),
-        (("-wat=x",), "unknown flag -wat; derper -help lists the flags"),
+        (("-wat",), "flag provided but not defined: -wat; derper -help lists the flags"),
+        (("-wat=x",), "flag provided but not defined: -wat; derper -help lists the flags"),
         (("serve",), "unexpected argument 'serve'; derper -help lists the commands and flags"),
         (("-",), "unexpected argument '-'; derper -help lists the commands and flags"),
         (("--", "-a"), "unexpected argument '-a'; derper -help lists the commands and flags"),
         (("-stun", "false"), "unexpected argument 'false': a switch takes its value behind '=', as in -stun=false"),
-        (("---a", ":1"), "'---a' is no flag; derper -help lists the flags"),
-        (("-=1",), "'-=1' is no flag; derper -help lists the flags"),
-        (("-a",), "-a needs a value"),
-        (("-stun-port", "x"), "-stun-port must be a whole number, not 'x'"),
-        (("-stun=yes",), "-stun must be true or false, not 'yes'"),
-        (("-accept-connection-limit", "x"), "-accept-connection-limit must be a number, not 'x'"),
-        (("-tcp-write-timeout", "2"), "-tcp-write-timeout must be a duration such as 15s or 10m, not '2'"),
+        (("---a", ":1"), "bad flag syntax: ---a; derper -help lists the flags"),
+        (("-=1",), "bad flag syntax: -=1; derper -help lists the flags"),
+        (("-a",), "flag needs an argument: -a"),
+        (("-stun-port", "x"), 'invalid value "x" for flag -stun-port: it must be a whole number'),
+        (("-stun=yes",), 'invalid boolean value "yes" for -stun: it must be true or false'),
+        (("-accept-connection-limit", "x"), 'invalid value "x" for flag -accept-connection-limit: it must be a number'),
+        (
+            ("-tcp-write-timeout", "2"),
+            'invalid value "2" for flag -tcp-write-timeout: it must be a duration such as 15s or 10m',
+        ),
     ],
 )
 def test_what_gos_flag_package_refuses(arguments: tuple[str, ...], message: str) -> None:
@@ -352,7 +355,7 @@ def test_any_command_line_is_a_configuration_or_a_usage_error(arguments: list[st
     ("arguments", "status", "out", "err"),
     [
         (["--hostname", "a b"], 1, "", "derper: -hostname must be a DNS name or an IP address, not 'a b'\n"),
-        (["-stun=maybe"], 2, "", "derper: -stun must be true or false, not 'maybe'\n"),
+        (["-stun=maybe"], 2, "", 'derper: invalid boolean value "maybe" for -stun: it must be true or false\n'),
         (["-help"], 0, "Usage: derper [flags]", ""),
         (["-version"], 0, "0.", ""),
         (["-c", "/proc/x/y", "-a", "127.0.0.1:0"], 1, "", "derper: cannot make the key file /proc/x/y: no such file"),
