@@ -56,7 +56,7 @@ lint: venv ## ruff, mypy --strict, import contracts, chart and CRD
 
 test: lint test-unit test-fuzz test-hostile test-interop test-api test-e2e ## everything
 
-test-unit: venv ## Python only, under a minute
+test-unit: venv ## Python only, about a minute
 	@echo "==> unit tests"; $(BIN)/pytest tests/unit $(ARGS)
 
 test-fuzz: venv ## every fuzz target for a few seconds (Linux on x86-64; skipped elsewhere)
