@@ -15,6 +15,7 @@ __all__ = ["Peek"]
 _T = TypeVar("_T")
 
 _PAUSE: Final = 0.05  # seconds; where a socket that has too few bytes counts as readable
+_CHECK: Final = 1.0  # seconds; how often a socket that is waited for is looked at anyway
 _OVER: Final = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
 
 
@@ -50,7 +51,7 @@ class Peek(Generic[_T]):
 
     def look(self) -> None:
         """Begin, and go on."""
-        self._timer = None
+        self._stop_timer()
         try:
             data = self._sock.recv(self._most, socket.MSG_PEEK)
             if not data:
@@ -83,9 +84,7 @@ class Peek(Generic[_T]):
 
     def _rest(self) -> None:
         """Awake too soon: the other side has sent all it will, or the system does not count; do not spin."""
-        poll = select.poll()
-        poll.register(self._sock, _OVER)
-        if any(event & _OVER for _, event in poll.poll(0)):
+        if self._is_over():
             self._stop()
             self._failed(EOFError("the client closed the connection in the middle of its first message"))
             return
@@ -97,6 +96,19 @@ class Peek(Generic[_T]):
         if not self._reading:
             self._reading = True
             self._loop.add_reader(self._sock.fileno(), self.look)
+        self._timer = self._loop.call_later(_CHECK, self._check)
+
+    def _check(self) -> None:
+        """A reader of uvloop is not told of a reset."""
+        if self._is_over():
+            self.look()
+        else:
+            self._timer = self._loop.call_later(_CHECK, self._check)
+
+    def _is_over(self) -> bool:
+        poll = select.poll()
+        poll.register(self._sock, _OVER)
+        return any(event & _OVER for _, event in poll.poll(0))
 
     def _ignore(self) -> None:
         if self._reading:
@@ -105,7 +117,11 @@ class Peek(Generic[_T]):
 
     def _stop(self) -> None:
         self._ignore()
-        if self._timer is not None:
-            self._timer.cancel()
+        self._stop_timer()
         if self._need != 1:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

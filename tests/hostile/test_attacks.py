@@ -356,3 +356,16 @@ def client_hello() -> bytes:
     with pytest.raises(ssl.SSLWantReadError):
         client.do_handshake()
     return outgoing.read()
+
+
+async def test_resets_at_the_door(tmp_path: Path) -> None:
+    """Who resets a connection before TLS holds no place at the door: the time-out there is half a minute."""
+    patient = ("derper.net.listener.HEAD_SECONDS=10000",)
+    async with relay(tmp_path, settings=patient) as node:
+        before = await settled(node)
+        for number in range(100):
+            raw = await node.connect(tls=False)
+            raw.send(b"\x16\x03\x01\x02\x00\x01\x00")
+            await asyncio.sleep(0.01 * (number % 2))
+            raw.reset()
+        await node.as_before(before)
