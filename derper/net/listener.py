@@ -48,8 +48,6 @@ _ARRIVALS_AT_ONCE: Final = 2000
 _ARRIVAL_GRACE: Final = 5.0  # seconds; one that takes longer gives way when there are too many
 _COMPLAINTS_PER_SECOND: Final = 0.1  # about proxies: each of their connections is a reason
 _OUT_OF_FILES_PAUSE: Final = 0.5  # seconds
-
-
 _DEFAULT_KEEP_ALIVE: Final = 15.0  # Go's, also for zero (net.KeepAliveConfig)
 
 

@@ -15,7 +15,7 @@ import logging
 import random
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from struct import Struct
 from typing import Final
@@ -244,14 +244,7 @@ class _Dialer:
         endpoint = self.peer.endpoint
         hint, self._hint = self._hint, None
         if hint is not None:
-            endpoint = Endpoint(
-                (hint, *endpoint.addresses),
-                endpoint.port,
-                endpoint.host_name,
-                endpoint.cert_name,
-                endpoint.insecure,
-                endpoint.roots,
-            )
+            endpoint = replace(endpoint, addresses=(hint, *endpoint.addresses))
         keys = self._hub.mesh_keys
         if keys is None:
             raise DialError("derp", "there is no mesh key yet")

@@ -25,7 +25,7 @@ from derper.wire.client import KeepAlive, PeerGone, PeerPresent, Pong, ReceivedP
 from derper.wire.handshake import ServerInfo
 from derper.wire.keys import MeshKey, MeshKeys, NodePublic
 
-from .loopback import HOST_NAME, PATIENCE, LoopbackRelay, pair_for, private, relay, until
+from .loopback import HOST_NAME, PATIENCE, LoopbackRelay, free_port, pair_for, private, relay, until
 
 pytestmark = pytest.mark.both_loops
 ALICE, BOB, SERVER = private(1), private(2), private(0xF0)
@@ -54,12 +54,6 @@ def map_node(node: LoopbackRelay, name: str = "900a", **changes: object) -> DERP
 
 def region(*nodes: DERPNode) -> DERPRegion:
     return DERPRegion(region_id=900, region_code="x", region_name="x", nodes=nodes)
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 @asynccontextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 from aiohttp import web
@@ -254,6 +255,19 @@ async def test_the_end_of_a_client_with_no_open_question(node: LoopbackRelay, sa
     assert (await client.rest()).count(b"HTTP/1.1 200 ") == said.count(b"OPTIONS")
 
 
+@asynccontextmanager
+async def with_pages(app: web.Application) -> AsyncIterator[tuple[LoopbackRelay, web.Server]]:
+    """A relay with other pages than its own, and aiohttp's server for them."""
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    assert runner.server is not None
+    async with relay() as node:
+        reception = doorman.Reception(node.hub, connections(runner.server, 30.0))
+        node.listener._factory = lambda remote: doorman.Doorman(reception, remote)
+        yield node, runner.server
+    await runner.cleanup()
+
+
 async def test_a_page_for_one_who_reads_slowly() -> None:
     """Back-pressure reaches aiohttp through the doorman."""
     page = b"x" * (16 << 20)
@@ -269,12 +283,7 @@ async def test_a_page_for_one_who_reads_slowly() -> None:
     peak: list[int] = []
     app = web.Application()
     app.router.add_get("/big", big)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    assert runner.server is not None
-    async with relay() as node:
-        reception = doorman.Reception(node.hub, connections(runner.server, 30.0))
-        node.listener._factory = lambda remote: doorman.Doorman(reception, remote)
+    async with with_pages(app) as (node, server):
         client = await node.connect()
         client.send(b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n")
         await client.head()
@@ -282,8 +291,7 @@ async def test_a_page_for_one_who_reads_slowly() -> None:
         assert max(peak) < 1 << 20
         client.send(FAST, login(node))
         assert (await client.frame())[0] == FrameType.SERVER_KEY
-        assert not runner.server.connections  # else aiohttp would close it when it has been idle for long
-    await runner.cleanup()
+        assert not server.connections  # else aiohttp would close it when it has been idle for long
 
 
 async def test_an_answer_that_ends_the_connection_ends_it() -> None:
@@ -296,16 +304,10 @@ async def test_an_answer_that_ends_the_connection_ends_it() -> None:
 
     app = web.Application()
     app.router.add_get("/once", only_once)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    assert runner.server is not None
-    async with relay() as node:
-        reception = doorman.Reception(node.hub, connections(runner.server, 30.0))
-        node.listener._factory = lambda remote: doorman.Doorman(reception, remote)
+    async with with_pages(app) as (node, _):
         client = await node.connect()
         client.send(b"GET /once HTTP/1.1\r\nHost: x\r\n\r\n", FAST, login(node))
         assert (await client.rest()).endswith(b"\r\n\r\nonce")
-    await runner.cleanup()
 
 
 async def test_many_requests_in_one_segment(node: LoopbackRelay) -> None:
@@ -453,20 +455,14 @@ async def test_a_body_that_comes_later_reaches_its_handler() -> None:
     seen: list[object] = []
     app = web.Application()
     app.router.add_post("/keep", keep)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    assert runner.server is not None
-    async with relay() as node:
-        reception = doorman.Reception(node.hub, connections(runner.server, 30.0))
-        node.listener._factory = lambda remote: doorman.Doorman(reception, remote)
+    async with with_pages(app) as (node, server):
         client = await node.connect()
         client.send(b"POST /keep HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n12345")
-        await until(lambda: runner.server is not None and runner.server.connections)
+        await until(lambda: server.connections)
         client.send(b"67890")
         assert (await client.head()).startswith(b"HTTP/1.1 200 ")
         assert bodies.get_nowait() == b"1234567890"
         assert seen == [None]
-    await runner.cleanup()
 
 
 async def test_without_derp() -> None:
