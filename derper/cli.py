@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from . import __version__, config, probe, prune, region, status_command
+from . import __version__, config
+from .commands import probe, prune, region, status
 from .config import Config, HelpWanted, UsageError, VersionWanted
 from .runtime import raise_file_limit, run, set_up_logging, stop_signals
 from .server import Relay, StartError
@@ -38,7 +39,7 @@ _COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = {
     "probe": probe.main,
     "prune": prune.main,
     "region": region.main,
-    "status": status_command.main,
+    "status": status.main,
 }
 
 
@@ -46,14 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; the exit status is 0, 1 for a failure, or 2 for a wrong command line."""
     rest = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        status = _run(rest)
+        code = _run(rest)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever reads has seen enough, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return status
+    return code
 
 
 def _run(words: list[str]) -> int:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from derp_operator import conditions
 
-from derper import probe, prune, status_command
+from derper.commands import probe, prune, status
 from derper.config import UsageError, parse_flags
 
 from .crdschema import problems, schema
@@ -68,7 +68,7 @@ def test_relay_commands_are_understood() -> None:
 
 @pytest.mark.parametrize(
     ("name", "parse"),
-    [("probe", probe.parse_options), ("prune", prune.parse_options), ("status", status_command.parse_options)],
+    [("probe", probe.parse_options), ("prune", prune.parse_options), ("status", status.parse_options)],
 )
 def test_other_commands_are_understood(name: str, parse: Callable[[Sequence[str]], object]) -> None:
     """Also where they run in a pod: kubectl exec ... -- derper NAME ..."""

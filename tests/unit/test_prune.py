@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from derper import certs, cli, prune
+from derper import certs, cli
 from derper.client import Client, Options, dial_node, dial_region
+from derper.commands import prune
+from derper.commands.prune import NodePlan, Pace, Pruner, ideal_nodes
 from derper.derpmap import DERPMap, DERPNode, DERPRegion
-from derper.prune import NodePlan, Pace, Pruner, ideal_nodes
 from derper.wire import frames
 from derper.wire.keys import MeshKey
 

@@ -11,10 +11,10 @@ from typing import Final
 
 import aiohttp
 
-from . import derpmap
-from .derpmap import DERPMap, DERPRegion, MapError
-from .files import FileError, load_mesh_keys, read_file
-from .wire.keys import MeshKey
+from .. import derpmap
+from ..derpmap import DERPMap, DERPRegion, MapError
+from ..files import FileError, load_mesh_keys, read_file
+from ..wire.keys import MeshKey
 
 __all__ = ["MapSourceError", "add_options", "read_map", "read_mesh_key", "regions_of"]
 

@@ -25,11 +25,11 @@ from typing import Final
 
 import aiohttp
 
-from . import certs
-from .derpmap import DERPMap, DERPNode, DERPRegion
-from .runtime import run, stop_signals
-from .text import reason
-from .wire.keys import NodePrivate
+from .. import certs
+from ..derpmap import DERPMap, DERPNode, DERPRegion
+from ..runtime import run, stop_signals
+from ..text import reason
+from ..wire.keys import NodePrivate
 
 __all__ = ["main"]
 

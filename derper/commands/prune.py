@@ -22,15 +22,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from ..client import Client, DialError, Options, dial_node
+from ..derpmap import DERPNode, DERPRegion
+from ..text import table
+from ..wire import frames
+from ..wire.client import PeerGone, PeerPresent, Ping, Restarting
+from ..wire.frames import PeerPresentFlags
+from ..wire.keys import MeshKey, NodePrivate, NodePublic
 from . import map_source
-from .client import Client, DialError, Options, dial_node
-from .derpmap import DERPNode, DERPRegion
 from .map_source import MapSourceError
-from .text import table
-from .wire import frames
-from .wire.client import PeerGone, PeerPresent, Ping, Restarting
-from .wire.frames import PeerPresentFlags
-from .wire.keys import MeshKey, NodePrivate, NodePublic
 
 __all__ = ["NodePlan", "Pace", "Pruner", "ideal_nodes", "main", "parse_options"]
 

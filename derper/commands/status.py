@@ -18,8 +18,8 @@ from typing import Any, Final
 
 import aiohttp
 
-from . import health
-from .text import bytes_of, duration, table
+from .. import health
+from ..text import bytes_of, duration, table
 
 __all__ = ["main", "parse_options"]
 

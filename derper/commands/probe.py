@@ -18,13 +18,14 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
 
-from . import map_source, stun_client
-from .client import Client, DialError, Options, dial_node
-from .derpmap import DERPNode, DERPRegion
+from .. import stun_client
+from ..client import Client, DialError, Options, dial_node
+from ..derpmap import DERPNode, DERPRegion
+from ..text import milliseconds, table
+from ..wire.client import ReceivedPacket
+from ..wire.keys import MeshKey, NodePrivate
+from . import map_source
 from .map_source import MapSourceError
-from .text import milliseconds, table
-from .wire.client import ReceivedPacket
-from .wire.keys import MeshKey, NodePrivate
 
 __all__ = ["NodeReport", "RegionReport", "main", "probe_map"]
 
