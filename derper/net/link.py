@@ -150,6 +150,11 @@ class Link(asyncio.BufferedProtocol):
         """ "1.3" or "1.2", or None without TLS."""
         return tls_version(self._transport)
 
+    @property
+    def is_websocket(self) -> bool:
+        """Whether DERP comes in WebSocket messages."""
+        return bool(self._transport.get_extra_info("websocket"))
+
     def tcp_info(self) -> TCPInfo | None:
         """What the system knows of the connection, or None if it is gone or the system does not tell."""
         return tcp_info(self._transport) if self in self._hub.links else None

@@ -155,7 +155,9 @@ class WebSocket(asyncio.Transport, asyncio.Protocol):
         self._link = protocol
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """As the socket's."""
+        """As the socket's; ``websocket`` is true."""
+        if name == "websocket":
+            return True
         return default if self._transport is None else self._transport.get_extra_info(name, default)
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:

@@ -77,8 +77,13 @@ def client_info_frame(private: NodePrivate, server: bytes, info: ClientInfo) -> 
         body["IsProber"] = True
     if info.app_name:
         body["AppName"] = info.app_name
-    sealed = private.seal_to(server, json.dumps(body).encode())
+    sealed = private.seal_to(server, _json(body))
     return frames.frame(FrameType.CLIENT_INFO, private.public + sealed)
+
+
+def _json(body: dict[str, Any]) -> bytes:
+    """As Go writes it, without blanks."""
+    return json.dumps(body, separators=(",", ":")).encode()
 
 
 def open_client_info(private: NodePrivate, payload: bytes) -> tuple[NodePublic, ClientInfo]:
@@ -99,7 +104,7 @@ def server_info_frame(private: NodePrivate, client: bytes, info: ServerInfo) -> 
     if info.bytes_per_second:
         body["TokenBucketBytesPerSecond"] = info.bytes_per_second
         body["TokenBucketBytesBurst"] = info.bytes_burst
-    return frames.frame(FrameType.SERVER_INFO, private.seal_to(client, json.dumps(body).encode()))
+    return frames.frame(FrameType.SERVER_INFO, private.seal_to(client, _json(body)))
 
 
 def open_server_info(private: NodePrivate, server: bytes, payload: bytes) -> ServerInfo:

@@ -74,7 +74,8 @@ async def test_between_browsers(verified: Relay, browsers: GoClients) -> None:
     await b.close()
     await a.send(b.key, frames.DISCO_MAGIC + bytes(56))
     assert (await a.expect("peer_gone"))["key"] == b.key
-    assert (await counted(verified))["derp_websocket_accepts"] == 2
+    numbers = await counted(verified)
+    assert numbers["derp_websocket_accepts"] == numbers['derp_tcp_rtt{le="non-tcp"}'] == 2
 
 
 async def test_the_end_of_a_relay(verified: Relay, browsers: GoClients) -> None:

@@ -162,8 +162,9 @@ def test_watchers_are_counted_as_told() -> None:
 class FakeLink:
     """A link with a round-trip time."""
 
-    def __init__(self, round_trip: float | None) -> None:
+    def __init__(self, round_trip: float | None, *, is_websocket: bool = False) -> None:
         self.round_trip = round_trip
+        self.is_websocket = is_websocket
 
     def tcp_info(self) -> TCPInfo | None:
         return None if self.round_trip is None else TCPInfo(self.round_trip, 0, 0, 0)
@@ -173,18 +174,18 @@ def test_round_trips_are_sampled_every_ten_seconds() -> None:
     counters = Counters()
     trips = RoundTrips(counters)
     links = [FakeLink(seconds) for seconds in (0.01, 0.02, 0.3, 0.6, None)]
-    for link in links:
+    for link in (*links, FakeLink(0.01, is_websocket=True)):
         trips.follow(link, 100.0)  # type: ignore[arg-type]
-    assert counters.tcp_rtt == {"non-tcp": 1}
+    assert counters.tcp_rtt == {"non-tcp": 2}
     trips.sample(109.9)
-    assert counters.tcp_rtt == {"non-tcp": 1}
+    assert counters.tcp_rtt == {"non-tcp": 2}
     trips.sample(110.0)
-    assert counters.tcp_rtt == {"non-tcp": 1, "10ms": 1, "20ms": 1, "500ms": 1, "inf": 1}
+    assert counters.tcp_rtt == {"non-tcp": 2, "10ms": 1, "20ms": 1, "500ms": 1, "inf": 1}
     links[0].round_trip = None  # the system tells no more
     trips.forget(links[3])  # type: ignore[arg-type]
     trips.sample(120.0)
     trips.sample(130.0)
-    assert counters.tcp_rtt == {"non-tcp": 1, "10ms": 1, "20ms": 3, "500ms": 3, "inf": 1}
+    assert counters.tcp_rtt == {"non-tcp": 2, "10ms": 1, "20ms": 3, "500ms": 3, "inf": 1}
 
 
 def test_clients_that_come_at_once_are_sampled_one_after_the_other() -> None:
