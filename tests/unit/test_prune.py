@@ -20,7 +20,7 @@ from derper.wire import frames
 from derper.wire.keys import MeshKey
 
 from .loopback import private, until
-from .test_server import MESH_KEY, Region, running
+from .relays import MESH_KEY, Region, running
 
 
 def node(name: str, **changes: object) -> DERPNode:

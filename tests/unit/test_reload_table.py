@@ -25,7 +25,7 @@ from derper.wire.client import ReceivedPacket
 from derper.wire.keys import NodePrivate
 
 from .loopback import free_port, pair_for, private, until
-from .test_server import MESH_KEY, OTHER_KEY, Region, by_flags, get, replace_file, running
+from .relays import MESH_KEY, OTHER_KEY, Region, by_flags, get, replace_file, running
 
 ALICE, BOB, CAROL = private(1), private(2), private(3)
 HOST = "relay.example"
