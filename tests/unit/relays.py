@@ -15,7 +15,7 @@ import aiohttp
 
 from derper import certs
 from derper.certs import CertificatePair
-from derper.client import Client, Endpoint, dial_endpoint
+from derper.client import Client, Endpoint, Options, dial_endpoint
 from derper.config import parse_flags
 from derper.server import Relay, Timings
 from derper.wire import stun
@@ -26,6 +26,7 @@ from .loopback import PATIENCE, free_port, pair_for, private
 ALICE, BOB, CAROL = private(1), private(2), private(3)
 MESH_KEY, OTHER_KEY = MeshKey(b"\xab" * 32), MeshKey(b"\xcd" * 32)
 NOW = datetime.now(UTC)
+HOST = "127.0.0.1"
 MANUAL = ("-certmode", "manual", "-a", "127.0.0.1:0")
 FAST = Timings(poll=0.01, settle=0.01, drain_step=0.01)
 
@@ -134,15 +135,15 @@ class Region:
 
 
 @asynccontextmanager
-async def running(*relays: Relay) -> AsyncIterator[None]:
-    """Started; at the end closed, without a failed callback."""
+async def running(*relays: Relay) -> AsyncIterator[Relay]:
+    """Started; at the end closed, without a failed callback.  Yields the first one."""
     problems: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
     async with AsyncExitStack() as stack:
         for relay in relays:
             stack.push_async_callback(relay.close)
             await relay.start()
-        yield
+        yield relays[0]
     for relay in relays:
         if relay.hub is not None:
             await relay.hub.closed(tuple(relay.hub.links), PATIENCE)
@@ -153,3 +154,20 @@ async def running(*relays: Relay) -> AsyncIterator[None]:
 async def by_flags(tmp_path: Path, *flags: str) -> Relay:
     base = ["-c", str(tmp_path / "derper.key"), "-certdir", str(tmp_path), "-http-port", "-1", "-stun=false"]
     return Relay(parse_flags([*base, *flags], {}, is_root=False), rng=random.Random(1), timings=FAST)
+
+
+def relay_in(folder: Path, *more: str) -> Relay:
+    """A relay by flags on free ports, with a certificate for its address that is made only once."""
+    pair = pair_for(HOST)
+    (folder / f"{HOST}.crt").write_bytes(pair.cert_pem)
+    (folder / f"{HOST}.key").write_bytes(pair.key_pem)
+    flags = [f"-a={HOST}:0", "-http-port=-1", "-stun-port=0", f"-c={folder / 'derper.key'}", "-certmode=manual"]
+    flags += [f"-certdir={folder}", f"-hostname={HOST}", *more]
+    return Relay(parse_flags(flags, {}, is_root=False), rng=random.Random(1))
+
+
+async def dial(relay: Relay, number: int, **options: Any) -> Client:
+    """A client of a relay that `relay_in` made."""
+    assert relay.listener is not None
+    endpoint = Endpoint((HOST,), relay.listener.port, HOST, certs.pin(pair_for(HOST).leaf))
+    return await dial_endpoint(endpoint, private(number), Options(**options))

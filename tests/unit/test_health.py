@@ -5,11 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import random
 import socket
 import stat
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,35 +14,14 @@ from typing import Any
 import aiohttp
 import pytest
 
-from derper import certs, health, server
-from derper.client import Client, Endpoint, Options, dial_endpoint
-from derper.config import parse_flags
-from derper.server import Relay, StartError
+from derper import health, server
+from derper.server import StartError
 from derper.wire import frames
 
-from .loopback import free_port, pair_for, private, until
+from .loopback import free_port, until
+from .relays import HOST, dial, relay_in, running
 
 pytestmark = pytest.mark.both_loops
-HOST = "127.0.0.1"
-
-
-def relay_in(folder: Path, *more: str) -> Relay:
-    """A relay with flags only, on free ports."""
-    pair = pair_for(HOST)
-    (folder / f"{HOST}.crt").write_bytes(pair.cert_pem)
-    (folder / f"{HOST}.key").write_bytes(pair.key_pem)
-    flags = [f"-a={HOST}:0", "-http-port=-1", "-stun-port=0", f"-c={folder / 'derper.key'}", "-certmode=manual"]
-    flags += [f"-certdir={folder}", f"-hostname={HOST}", *more]
-    return Relay(parse_flags(flags, {}, is_root=False), rng=random.Random(1))
-
-
-@asynccontextmanager
-async def running(relay: Relay) -> AsyncIterator[Relay]:
-    await relay.start()
-    try:
-        yield relay
-    finally:
-        await relay.close()
 
 
 async def status(path: Path, query: str = "") -> Any:
@@ -54,12 +30,6 @@ async def status(path: Path, query: str = "") -> Any:
         http.get(f"http://relay/status{query}") as response,
     ):
         return await response.json()
-
-
-async def dial(relay: Relay, number: int, **options: Any) -> Client:
-    assert relay.listener is not None
-    endpoint = Endpoint((HOST,), relay.listener.port, HOST, certs.pin(pair_for(HOST).leaf))
-    return await dial_endpoint(endpoint, private(number), Options(**options))
 
 
 def content(path: Path) -> str | None:

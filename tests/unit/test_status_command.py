@@ -20,7 +20,7 @@ from derper import cli, commands, health
 from derper.text import bytes_of, duration
 
 from .loopback import PATIENCE, free_port, private
-from .test_health import HOST, dial, relay_in, running
+from .relays import HOST, dial, relay_in, running
 
 
 async def run(*arguments: str) -> int:
