@@ -155,6 +155,12 @@ class LoopbackRelay:
         self.raw_clients.append(client)
         return client
 
+    async def log_in(self, key: NodePrivate, info: ClientInfo | None = None, **options: Any) -> RawClient:
+        """A connection that has logged in."""
+        client = await self.connect(**options)
+        await client.login(key, self.public_key, info)
+        return client
+
     async def dial(self, key: NodePrivate, options: Options | None = None) -> Client:
         """A DERP client; only with TLS."""
         return await dial_endpoint(self.endpoint, key, options)

@@ -6,21 +6,17 @@ import asyncio
 import gc
 import os
 import random
-import socket
 from collections.abc import AsyncIterator, Callable
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from derper.net import link as link_module
-from derper.net import stalls as stalls_module
 from derper.net.admission import Address, Admission
 from derper.net.doorman import Doorman, Reception
 from derper.net.hub import Hub, _Wheel
 from derper.net.link import Link
-from derper.net.stalls import Stalls
 from derper.relay.admission import AdmissionPolicy
 from derper.relay.counters import DropReason
 from derper.relay.limits import Limits
@@ -45,12 +41,6 @@ async def node() -> AsyncIterator[LoopbackRelay]:
         yield running
 
 
-async def logged_in(node: LoopbackRelay, key: NodePrivate, info: ClientInfo | None = None, **options: Any) -> RawClient:
-    client = await node.connect(**options)
-    await client.login(key, node.public_key, info)
-    return client
-
-
 def login_frame(node: LoopbackRelay, key: NodePrivate = ALICE, info: ClientInfo | None = None) -> bytes:
     return handshake.client_info_frame(key, node.public_key, info or ClientInfo())
 
@@ -68,7 +58,7 @@ async def test_who_does_not_log_in_is_dropped(node: LoopbackRelay, monkeypatch: 
 
 async def test_the_login_timer_ends_with_the_login(node: LoopbackRelay, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link_module, "LOGIN_SECONDS", 0.02)
-    client = await logged_in(node, ALICE)
+    client = await node.log_in(ALICE)
     idle = await node.connect()
     idle.send(FAST)
     await idle.rest()
@@ -115,7 +105,7 @@ async def test_the_longest_login(node: LoopbackRelay) -> None:
 
 
 async def test_packets_between_clients(node: LoopbackRelay) -> None:
-    alice, bob = await logged_in(node, ALICE), await logged_in(node, BOB)
+    alice, bob = await node.log_in(ALICE), await node.log_in(BOB)
     packets = [os.urandom(size) for size in (0, 1, 1280, 64 << 10, 100)] * 5
     alice.send(*(frames.send_packet(BOB.public, packet) for packet in packets))
     for packet in packets:
@@ -133,7 +123,7 @@ async def test_packets_between_clients(node: LoopbackRelay) -> None:
     ids=["4 GiB packet", "short packet", "watch", "long ping"],
 )
 async def test_garbage_ends_one_connection_and_no_other(node: LoopbackRelay, garbage: bytes) -> None:
-    alice, mallory = await logged_in(node, ALICE), await logged_in(node, BOB)
+    alice, mallory = await node.log_in(ALICE), await node.log_in(BOB)
     mallory.send(garbage)
     assert await mallory.rest() == b""
     assert node.hub.counters.protocol_errors == 1
@@ -143,7 +133,7 @@ async def test_garbage_ends_one_connection_and_no_other(node: LoopbackRelay, gar
 
 
 async def test_an_unknown_frame_of_4_gib_is_not_kept(node: LoopbackRelay) -> None:
-    alice = await logged_in(node, ALICE)
+    alice = await node.log_in(ALICE)
     alice.send(HEADER.pack(0x42, 0xFFFFFFFF))
     for _ in range(64):
         alice.send(bytes(64 << 10))
@@ -162,7 +152,7 @@ async def test_a_relay_survives_clients_that_break_off_anywhere(node: LoopbackRe
             client.writer.transport.abort()
         else:
             await client.close()
-    survivor = await logged_in(node, BOB)
+    survivor = await node.log_in(BOB)
     survivor.send(frames.ping(b"12345678"))
     assert await survivor.frame() == (FrameType.PONG, b"12345678")
     await until(lambda: len(node.hub.links) == 1)
@@ -257,7 +247,7 @@ async def test_mesh_peers_need_no_admission() -> None:
     async with relay(admission=AskedAdmission()) as node:
         node.hub.mesh_keys = MeshKeys(MeshKey(bytes(31) + b"\x01"), (MeshKey(bytes(31) + b"\x01"), MESH_KEY))
         node.hub.mesh_peer_seen = lambda key, host: seen.append((key, host))
-        peer = await logged_in(node, ALICE, ClientInfo(mesh_key=MESH_KEY))
+        peer = await node.log_in(ALICE, ClientInfo(mesh_key=MESH_KEY))
         peer.send(frames.watch_conns())
         assert (await peer.frame())[0] == FrameType.PEER_PRESENT
         assert seen == [(ALICE.public, "127.0.0.1")]
@@ -266,7 +256,7 @@ async def test_mesh_peers_need_no_admission() -> None:
 async def test_a_wrong_mesh_key_makes_an_ordinary_client(node: LoopbackRelay) -> None:
     for keys in (None, MeshKeys(MESH_KEY, (MESH_KEY,))):
         node.hub.mesh_keys = keys
-        client = await logged_in(node, ALICE, ClientInfo(mesh_key=MeshKey(b"\xac" * 32)))
+        client = await node.log_in(ALICE, ClientInfo(mesh_key=MeshKey(b"\xac" * 32)))
         assert not node.session(ALICE).can_mesh
         client.send(frames.watch_conns())
         assert await client.rest() == b""
@@ -278,7 +268,7 @@ async def test_a_wrong_mesh_key_makes_an_ordinary_client(node: LoopbackRelay) ->
 async def test_a_client_over_its_rate_is_read_more_slowly() -> None:
     limits = Limits(client_bytes_per_second=2_000_000, client_burst_bytes=1)
     async with relay(limits=limits) as node:
-        alice, bob = await logged_in(node, ALICE), await logged_in(node, BOB)
+        alice, bob = await node.log_in(ALICE), await node.log_in(BOB)
         started = asyncio.get_running_loop().time()
         count = 300
         alice.send(frames.send_packet(BOB.public, bytes(1000)) * count)
@@ -294,7 +284,7 @@ async def test_a_client_over_its_rate_is_read_more_slowly() -> None:
 
 async def test_a_client_with_a_rate_waits_often_and_never_for_long() -> None:
     async with relay(limits=Limits(client_bytes_per_second=50_000)) as node:
-        alice = await logged_in(node, ALICE)
+        alice = await node.log_in(ALICE)
         alice.send(frames.send_packet(BOB.public, bytes(1000)) * 300)
         await until(lambda: node.hub.counters.rate_limit_waits)
         burst, a_read = 65_568, 4096
@@ -303,7 +293,7 @@ async def test_a_client_with_a_rate_waits_often_and_never_for_long() -> None:
 
 async def test_a_new_limit_holds_for_who_waits_under_the_old_one() -> None:
     async with relay(limits=Limits(client_bytes_per_second=1)) as node:
-        alice, bob = await logged_in(node, ALICE), await logged_in(node, BOB)
+        alice, bob = await node.log_in(ALICE), await node.log_in(BOB)
         alice.send(frames.send_packet(BOB.public, bytes(60_000)) * 3)
         await until(lambda: node.hub.counters.rate_limit_waits)
         node.hub.set_limits(Limits(client_bytes_per_second=1 << 30))
@@ -315,7 +305,7 @@ async def test_a_new_limit_holds_for_who_waits_under_the_old_one() -> None:
 
 async def test_a_client_that_leaves_while_it_is_throttled() -> None:
     async with relay(limits=Limits(client_bytes_per_second=1)) as node:
-        alice = await logged_in(node, ALICE)
+        alice = await node.log_in(ALICE)
         alice.send(frames.send_packet(BOB.public, bytes(60_000)) * 3)
         await until(lambda: node.hub.counters.rate_limit_waits)
         (link,) = node.hub.links
@@ -324,176 +314,10 @@ async def test_a_client_that_leaves_while_it_is_throttled() -> None:
         await until(lambda: not node.hub.links)
 
 
-async def stalled(node: LoopbackRelay, key: NodePrivate, info: ClientInfo | None = None) -> RawClient:
-    """A client that has logged in and reads no more."""
-    sock = socket.socket()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    sock.setblocking(False)
-    await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", node.listener.port))
-    client = RawClient(*await asyncio.open_connection(sock=sock))
-    node.raw_clients.append(client)
-    await client.login(key, node.public_key, info)
-    transport: Any = client.writer.transport
-    transport.pause_reading()
-    return client
-
-
-def only_the_test_looks(node: LoopbackRelay) -> None:
-    """For stalled clients: the hub does not."""
-    assert node.hub._look_timer is not None
-    node.hub._look_timer.cancel()
-
-
-async def test_a_client_that_does_not_read_costs_nobody_else() -> None:
-    async with relay() as node:
-        only_the_test_looks(node)
-        alice, carol = await logged_in(node, ALICE), await logged_in(node, CAROL)
-        await stalled(node, BOB)
-        session, counters = node.session(BOB), node.hub.counters
-        while session.paused_since is None:
-            alice.send(*[frames.send_packet(BOB.public, bytes(60_000))] * 10, frames.send_packet(CAROL.public, b"turn"))
-            assert await carol.frame() == (FrameType.RECV_PACKET, ALICE.public + b"turn")
-        alice.send(*[frames.send_packet(BOB.public, bytes(1000))] * 100, frames.send_packet(CAROL.public, b"last"))
-        assert await carol.frame() == (FrameType.RECV_PACKET, ALICE.public + b"last")
-        assert len(session._queue) == 32
-        assert sum(counters.packets_dropped.values()) >= 68
-        (link,) = node.hub.paused
-        ((found, seconds),) = node.hub.stalls.look([link], session.paused_since + 2.0)
-        assert found is link
-        assert seconds == pytest.approx(2.0)
-        link.stalled(2.0)
-        assert not link._transport.is_closing()
-        link.stalled(2.1)
-        await until(lambda: BOB.public not in node.hub.router.active)
-        assert counters.write_timeouts == 1
-        assert not node.hub.paused
-        assert counters.packets_received == (
-            counters.packets_sent + sum(counters.packets_dropped.values()) + counters.packets_forwarded_out
-        )
-        alice.send(frames.send_packet(CAROL.public, b"after"))
-        assert await carol.frame() == (FrameType.RECV_PACKET, ALICE.public + b"after")
-
-
-async def test_a_client_that_reads_again_gets_the_newest_packets() -> None:
-    async with relay() as node:
-        alice = await logged_in(node, ALICE)
-        bob = await stalled(node, BOB)
-        session, number = node.session(BOB), 0
-        while session.paused_since is None or len(session._queue or ()) < 32:
-            alice.send(frames.send_packet(BOB.public, number.to_bytes(4, "big") + bytes(50_000)), frames.ping(bytes(8)))
-            assert (await alice.frame())[0] == FrameType.PONG
-            number += 1
-        transport: Any = bob.writer.transport
-        transport.resume_reading()
-        numbers: list[int] = []
-        while not numbers or numbers[-1] != number - 1:
-            kind, payload = await bob.frame()
-            assert kind == FrameType.RECV_PACKET
-            numbers.append(int.from_bytes(payload[32:36], "big"))
-        assert numbers == sorted(numbers)
-        assert numbers[-32:] == list(range(number - 32, number))
-        assert len(numbers) + sum(node.hub.counters.packets_dropped.values()) == number
-
-
-async def test_mesh_peers_may_stall_for_longer() -> None:
-    async with relay() as node:
-        node.hub.mesh_keys = MeshKeys(MESH_KEY, (MESH_KEY,))
-        await stalled(node, ALICE, ClientInfo(mesh_key=MESH_KEY))
-        (link,) = node.hub.links
-        link.stalled(29.9)
-        assert not link._transport.is_closing()
-        link.stalled(30.1)
-        await until(lambda: not node.hub.links)
-
-
-async def test_no_write_timeout() -> None:
-    async with relay(limits=Limits(write_timeout=0.0)) as node:
-        await logged_in(node, ALICE)
-        (link,) = node.hub.links
-        link.stalled(1e9)
-        assert not link._transport.is_closing()
-
-
-async def test_the_hub_drops_stalled_clients_and_keeps_others_alive() -> None:
-    async with relay() as node:
-        alice = await logged_in(node, ALICE)
-        await logged_in(node, BOB)
-        hub = node.hub
-        (stalling,) = [link for link in hub.links if link.session is not None and link.session.key == BOB.public]
-        stalling.pause_writing()
-        assert stalling.session is not None
-        stalling.session.paused_since = hub.clock() - 3.0
-        for _ in range(65):
-            assert hub._timer is not None
-            hub._timer.cancel()
-            hub._tick()
-        assert hub._look_timer is not None
-        hub._look_timer.cancel()
-        hub._look()
-        assert await alice.frame() == (FrameType.KEEP_ALIVE, b"")
-        await until(lambda: BOB.public not in hub.router.active)
-
-
-async def test_a_client_with_little_traffic_that_does_not_read_is_noticed() -> None:
-    """Long before so much waits that the transport complains."""
-    async with relay() as node:
-        alice, bob = await logged_in(node, ALICE), await stalled(node, BOB)
-        only_the_test_looks(node)
-        session, hub, now = node.session(BOB), node.hub, 1000.0
-        (link,) = [link for link in hub.links if link.session is session]
-        while not (found := hub.stalls.look(hub.paused, now)):
-            alice.send(frames.send_packet(BOB.public, bytes(1000)), frames.ping(bytes(8)))
-            assert (await alice.frame())[0] == FrameType.PONG
-            assert session.paused_since is None
-        assert found == [(link, 0.0)]
-        assert hub.stalls.look((), now + 2.5) == [(link, 2.5)]
-        transport: Any = bob.writer.transport
-        transport.resume_reading()
-        await bob.frame()
-        await until(lambda: not hub.stalls.look((), now + 3.0))
-
-
-async def test_only_the_first_write_after_a_look_is_noted(node: LoopbackRelay, monkeypatch: pytest.MonkeyPatch) -> None:
-    alice = await logged_in(node, ALICE)
-    (link,) = node.hub.links
-    session, stalls = node.session(ALICE), node.hub.stalls
-    for _ in range(2):
-        assert stalls.look((), 0.0) == []
-        assert (list(stalls._written), session.write) == ([], link.write)
-        for _ in range(2):
-            alice.send(frames.ping(bytes(8)))
-            await alice.frame()
-            assert (list(stalls._written), session.write) == ([link], link._transport.write)
-
-
-async def test_who_is_closed_is_gone_at_once(node: LoopbackRelay, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For all others; the connection itself ends when the client has taken what it was sent, or does not."""
-    monkeypatch.setattr(link_module, "_GOODBYE_SECONDS", 0.05)
-    alice, _ = await logged_in(node, ALICE), await stalled(node, BOB)
-    session = node.session(BOB)
-    (link,) = [link for link in node.hub.links if link.session is session]
-    while session.paused_since is None:
-        alice.send(frames.send_packet(BOB.public, bytes(60_000)), frames.ping(bytes(8)))
-        await alice.frame()
-    link.close()
-    assert BOB.public not in node.hub.router.active
-    assert link in node.hub.links
-    assert link not in node.hub.paused
-    late = frames.send_packet(ALICE.public, b"too late")  # TLS hands over what it has while it flushes
-    link.get_buffer(-1)[: len(late)] = late
-    link.buffer_updated(len(late))
-    assert node.hub.counters.protocol_errors == 0
-    link.close()  # once more changes nothing
-    await until(lambda: link not in node.hub.links)
-    link.close()
-    alice.send(frames.ping(b"12345678"))
-    assert await alice.frame() == (FrameType.PONG, b"12345678")
-
-
 async def test_a_mesh_peer_closes_others_and_itself(node: LoopbackRelay) -> None:
     """What it sends behind that is still its own: it is closed when the loop comes to it."""
     node.hub.mesh_keys = MeshKeys(MESH_KEY, (MESH_KEY,))
-    peer, bob = await logged_in(node, ALICE, ClientInfo(mesh_key=MESH_KEY)), await logged_in(node, BOB)
+    peer, bob = await node.log_in(ALICE, ClientInfo(mesh_key=MESH_KEY)), await node.log_in(BOB)
     peer.send(frames.close_peer(BOB.public))
     assert await bob.rest() == b""
     peer.send(frames.close_peer(ALICE.public), frames.note_preferred(True), frames.ping(b"12345678"))
@@ -503,7 +327,7 @@ async def test_a_mesh_peer_closes_others_and_itself(node: LoopbackRelay) -> None
 
 
 async def test_packets_for_a_client_that_is_just_being_dropped_are_counted(node: LoopbackRelay) -> None:
-    await logged_in(node, ALICE)
+    await node.log_in(ALICE)
     session = node.session(ALICE)
     (link,) = node.hub.links
     link.abort()
@@ -511,47 +335,6 @@ async def test_packets_for_a_client_that_is_just_being_dropped_are_counted(node:
     await until(lambda: not node.hub.links)
     counters = node.hub.counters
     assert (counters.packets_sent, counters.packets_dropped[DropReason.GONE_DISCONNECTED, False]) == (0, 1)
-
-
-class SlowLink:
-    """A link of which bytes wait."""
-
-    tcp_descriptor = None
-
-    def __init__(self) -> None:
-        self.acknowledged = 0
-        self.paused_since = 10.0
-        self.found_empty = 0
-
-    def note_next_write(self) -> None:
-        self.found_empty += 1
-
-
-def test_only_so_many_links_are_looked_at_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stalls_module, "_AT_ONCE", 3)
-    stalls, links = Stalls(), [SlowLink() for _ in range(7)]
-    some: list[Any] = list(links)
-    for link in some:
-        stalls.note_write(link)
-    stalls.forget(some[0])
-    for found in (3, 6, 6):
-        stalls.look(some[:1], 20.0)
-        assert sum(link.found_empty for link in links) == found
-    assert [link.found_empty for link in links] == [0, 1, 1, 1, 1, 1, 1]
-
-
-def test_a_client_that_reads_slowly_has_not_stalled() -> None:
-    stalls, link = Stalls(), SlowLink()
-    waiting: Any = [link]
-    looks = []
-    for second in range(10, 16):
-        looks += [seconds for _, seconds in stalls.look(waiting, float(second))]
-        link.acknowledged += 1024
-    assert looks == [0, 1, 0, 1, 0, 1]
-    assert [seconds for _, seconds in stalls.look(waiting, 20.0)] == [0]
-    assert [seconds for _, seconds in stalls.look(waiting, 29.0)] == [9]
-    stalls.forget(waiting[0])
-    assert stalls.look((), 30.0) == []
 
 
 @pytest.mark.parametrize("jitter", range(6))
