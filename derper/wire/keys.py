@@ -15,6 +15,7 @@ from typing import Final
 from nacl.exceptions import CryptoError
 from nacl.public import Box, PrivateKey, PublicKey
 
+from . import gojson
 from .errors import ProtocolError
 
 __all__ = ["KEY_LEN", "NONCE_LEN", "KeyFormatError", "MeshKey", "MeshKeys", "NodePrivate", "NodePublic"]
@@ -96,15 +97,26 @@ class NodePrivate:
 
     @classmethod
     def from_config(cls, text: str) -> NodePrivate:
-        """Read stock derper's key file, ``{"PrivateKey": "privkey:<64 hex>"}`` (cmd/derper/derper.go, config)."""
+        """Read stock derper's key file, ``{"PrivateKey": "privkey:<64 hex>"}`` (cmd/derper/derper.go, config).
+
+        As Go reads it: the name in any case, and the last of several.
+        """
         try:
-            config = json.loads(text)
-        except (ValueError, RecursionError):  # RecursionError: deeply nested brackets
+            members = gojson.members(text.encode(errors="surrogatepass"))
+        except ValueError:
             raise KeyFormatError('it must be JSON of the form {"PrivateKey": "privkey:<64 hex digits>"}') from None
-        value = config.get("PrivateKey") if isinstance(config, dict) else None
-        if not isinstance(value, str):
+        values = [value for name, value in members if name == "privatekey" and value is not None]
+        try:
+            keys = [cls.parse(gojson.string(value)) for value in values]
+        except KeyFormatError:
+            raise
+        except ValueError:
+            raise KeyFormatError('it has no "PrivateKey" string') from None
+        if not keys:
             raise KeyFormatError('it has no "PrivateKey" string')
-        return cls.parse(value)
+        if not any(bytes(keys[-1]._key)):
+            raise KeyFormatError("a private key of zeros is no secret; remove the file, and a new one is made")
+        return keys[-1]
 
     def to_config(self) -> str:
         """The text of a key file that stock derper reads too."""

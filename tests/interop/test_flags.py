@@ -15,10 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from derper.wire.keys import NodePrivate
+
 from .conftest import Relays
 from .gobuild import Peers
 from .pki import Certificate, self_signed
 from .processes import HANG
+from .raw import raw_clients
 from .relays import DERP_PORT, RelayOptions, host_port
 
 INTEGERS = ["0", "+5", "-5", "1_0", "0x10", "0X_f", "0o7", "010", "0_7", "0b11", "9223372036854775807"]
@@ -200,6 +203,31 @@ async def test_the_key_file(make: str, relays: Relays, tmp_path: Path) -> None:
     await relay.start()
     assert path.read_text() == made
     assert await relay.stop(signal.SIGINT) == 0
+
+
+OLD, NEW = f"privkey:{'1a' * 32}", f"privkey:{'2b' * 32}"
+
+
+@pytest.mark.parametrize(
+    "text", [f'{{"privatekey": "{NEW}", "X": {{}}}}', f'{{"PrivateKey": "{OLD}", "PRIVATEKEY": "{NEW}"}}\n']
+)
+async def test_key_files_of_other_hands(make: str, relays: Relays, text: str) -> None:
+    """Go reads names in any case, and takes the last of several."""
+    relay = relays.make(make)
+    (relay.workdir / "derper.key").write_text(text)
+    await relays.start(relay)
+    async with raw_clients() as raw:
+        assert await (await raw.connect(relay)).greeting() == NodePrivate.parse(NEW).public
+
+
+@pytest.mark.parametrize("text", ["{}", "null", '{"PrivateKey": null}', f'{{"PrivateKey": "privkey:{"00" * 32}"}}'])
+async def test_a_key_of_zeros(command: Command, make: str, text: str) -> None:
+    """Stock derper panics."""
+    (command.folder / "zeros.key").write_text(text)
+    usual = ["-a=127.0.0.1:0", "-stun=false", "-http-port=-1", "-certmode=manual", "-certdir=made"]
+    status, _, err = await command.run(*usual, "-hostname=127.0.0.1", "-c=zeros.key")
+    assert status == (2 if make == "stock" else 1)
+    assert ("goroutine" in err) == (make == "stock")
 
 
 async def test_flags_without_meaning(make: str, relays: Relays) -> None:
