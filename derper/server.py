@@ -235,8 +235,8 @@ class Relay:
         self.listener.limit = self._accept_limit()
         if config.tls and config.http_port >= 0:
             await self._listen_http(hub)
-        scheme = "with TLS" if config.tls else "without TLS"
-        log.info("derper: serving on %s %s", _host_port(config.listen_host, self.listener.port), scheme)
+        scheme = " with TLS" if config.tls else ""  # as stock derper says it
+        log.info("derper: serving on %s%s", _host_port(config.listen_host, self.listener.port), scheme)
 
     async def _listen_http(self, hub: Hub) -> None:
         reception = Reception(hub, await self._runner(redirect_app(self._site(hub))), serve_derp=False)

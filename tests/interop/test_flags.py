@@ -239,15 +239,17 @@ async def test_flags_without_meaning(make: str, relays: Relays) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mesh_key", "said"), [(None, "No mesh key configured"), ("ab" * 32, "DERP mesh key configured")]
+    ("mesh_key", "tls", "said"),
+    [(None, True, "No mesh key configured"), ("ab" * 32, False, "DERP mesh key configured")],
 )
-async def test_what_the_log_says(make: str, relays: Relays, mesh_key: str | None, said: str) -> None:
+async def test_what_the_log_says(make: str, relays: Relays, mesh_key: str | None, tls: bool, said: str) -> None:
     """Lines that scripts wait for."""
-    relay = await relays.start(relays.make(make, RelayOptions(mesh_key=mesh_key)))
+    flags = () if tls else ("-certmode=letsencrypt",)
+    relay = await relays.start(relays.make(make, RelayOptions(mesh_key=mesh_key, flags=flags)))
     lines = [line.split(" ", 2)[2] for line in relay.log_text().splitlines() if re.match(r"\d{4}/\d\d/\d\d ", line)]
     assert said in lines
     assert f"STUN server listening on {relay.stun_address}" in lines
-    assert f"derper: serving on {relay.derp_address} with TLS" in lines
+    assert f"derper: serving on {relay.derp_address}{' with TLS' if tls else ''}" in lines
 
 
 async def test_an_ipv6_address(make: str, relays: Relays) -> None:
