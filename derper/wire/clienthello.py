@@ -115,7 +115,7 @@ def _message(data: bytes) -> bytes | int:
         length = _check_record(data, pos)
         pos += _RECORD.size
         if len(data) - pos < length:
-            return pos + length
+            return pos + max(length, want - have)  # never less than was asked for before this record's header came
         pieces.append(data[pos : pos + length])
         have += length
         pos += length
