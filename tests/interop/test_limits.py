@@ -89,7 +89,10 @@ async def hung_up(relay: Relay) -> None:
     readers = []
     async with AsyncExitStack() as stack:
         for _ in range(10):
-            reader, writer = await asyncio.open_connection(relay.address, relay.options.derp_port)
+            try:
+                reader, writer = await asyncio.open_connection(relay.address, relay.options.derp_port)
+            except ConnectionRefusedError:  # a stock derper has ended by now
+                break
             stack.callback(writer.close)
             readers.append(asyncio.ensure_future(reader.read(1)))
         done, rest = await asyncio.wait(readers, timeout=HANG, return_when=asyncio.FIRST_COMPLETED)
