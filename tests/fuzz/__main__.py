@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("command", choices=["run", "replay", "seeds", "add"])
     parser.add_argument("targets", nargs="*", help=f"{', '.join(targets.names())}; all without it")
     parser.add_argument("--seconds", type=int, default=60, help="for each target (default 60)")
+    parser.add_argument("--runs", type=int, help="the same so many inputs each time, and no more")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="targets at a time (default: cores)")
     parser.add_argument("--keep", type=Path, help="folder for what is learnt, to go on from there")
     parser.add_argument("--file", type=Path, help="for add: an input that broke something")
@@ -54,7 +55,7 @@ def _run(chosen: Sequence[str], options: argparse.Namespace) -> int:
         for data in result.findings:
             print(f"fuzz: {result.target} fails with {data!r}", flush=True)
 
-    results = campaign.run(chosen, options.seconds, jobs=options.jobs, keep=options.keep, done=done)
+    results = campaign.run(chosen, options.seconds, runs=options.runs, jobs=options.jobs, keep=options.keep, done=done)
     print(campaign.table(results))
     return 1 if any(result.failed for result in results) else 0
 

@@ -22,6 +22,7 @@ _PROGRESS: Final = re.compile(rb"^#(\d+)\s+(\w+)\s+cov: (\d+) ft: (\d+) corp: (\
 _SLOWEST: Final = 60  # seconds for one input; more is a hang
 _GRACE: Final = 60  # seconds that a process may take over its time, to start and to end
 _MEMORY: Final = 2048  # MiB
+_SEED: Final = 1
 
 
 @dataclass(frozen=True)
@@ -50,23 +51,30 @@ def missing() -> str:
 
 
 def run(
-    targets: Sequence[str], seconds: int, *, jobs: int, keep: Path | None = None, done: Callable[[Result], None]
+    targets: Sequence[str],
+    seconds: int,
+    *,
+    runs: int | None = None,
+    jobs: int,
+    keep: Path | None = None,
+    done: Callable[[Result], None],
 ) -> list[Result]:
     """Run each target for so many seconds, `jobs` at a time; `done` hears of each.
 
+    With `runs` it is so many inputs, the same each time: what a change did not break does not fail by chance.
     `keep` is a folder where what was learnt stays for the next run, besides the corpus of the repository.
     """
     with tempfile.TemporaryDirectory(prefix="derp-fuzz-") as scratch, ThreadPoolExecutor(jobs) as pool:
 
         def one(target: str) -> Result:
-            result = _run_one(target, seconds, Path(scratch) / target, keep / target if keep else None)
+            result = _run_one(target, seconds, runs, Path(scratch) / target, keep / target if keep else None)
             done(result)
             return result
 
         return list(pool.map(one, targets))
 
 
-def _run_one(target: str, seconds: int, scratch: Path, keep: Path | None) -> Result:
+def _run_one(target: str, seconds: int, runs: int | None, scratch: Path, keep: Path | None) -> Result:
     seeds, found, learnt = scratch / "seeds", scratch / "found", keep or scratch / "learnt"
     for folder in (found, learnt):
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,6 +83,7 @@ def _run_one(target: str, seconds: int, scratch: Path, keep: Path | None) -> Res
         *(sys.executable, "-m", f"{__package__}.engine", target, str(learnt), str(seeds)),
         *(
             f"-max_total_time={seconds}",
+            *(() if runs is None else (f"-runs={runs}", f"-seed={_SEED}")),
             f"-timeout={_SLOWEST}",
             f"-rss_limit_mb={_MEMORY}",
             f"-artifact_prefix={found}/",
@@ -86,7 +95,7 @@ def _run_one(target: str, seconds: int, scratch: Path, keep: Path | None) -> Res
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             timeout=seconds + _GRACE + _SLOWEST,
-            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": str(_SEED)},
             check=False,
         )
         log = ended.stdout
