@@ -16,6 +16,7 @@ from typing import Any, Final
 import kopf
 
 from . import names
+from .session import Session
 
 Report = Callable[[Mapping[str, Any], bool, tuple[str, str]], None]
 """Called with the object, whether it was deleted, and the region's namespace and name."""
@@ -68,19 +69,23 @@ async def watch(login: Login, namespaces: Collection[str], report: Report, ready
 
     async def serve() -> None:
         asyncio.get_running_loop().set_exception_handler(stray)
-        tasks = await kopf.spawn_tasks(
-            registry=registry(login, forward),
-            settings=settings(),
-            identity=identity,
-            standalone=True,
-            clusterwide=not namespaces,
-            namespaces=namespaces,
-            stop_flag=stop,
-            ready_flag=up,
-        )
-        for task in tasks:  # run_tasks() tells of a failure only when all other watches have given up, too
-            task.add_done_callback(task_ended)
-        await kopf.run_tasks(tasks)
+        sessions = Sessions(login)
+        try:
+            tasks = await kopf.spawn_tasks(
+                registry=registry(sessions.log_in, forward),
+                settings=settings(),
+                identity=identity,
+                standalone=True,
+                clusterwide=not namespaces,
+                namespaces=namespaces,
+                stop_flag=stop,
+                ready_flag=up,
+            )
+            for task in tasks:  # run_tasks() tells of a failure only when all other watches have given up, too
+                task.add_done_callback(task_ended)
+            await kopf.run_tasks(tasks)
+        finally:
+            await sessions.close()  # kopf leaves connections of cancelled requests to the loop, which ends here
 
     def run() -> None:
         error: BaseException | None = None
@@ -117,12 +122,42 @@ def _sentence(error: BaseException | None) -> str:
     return str(error.args[0] if error.args else type(error).__name__)
 
 
-def registry(login: Login, report: Report) -> kopf.OperatorRegistry:
+class Sessions:
+    """Kopf's sessions with the API server, one after the other.
+
+    Kopf ends when it is given what has been refused, so the same credentials make the same session.
+    """
+
+    def __init__(self, login: Login) -> None:
+        self._login = login
+        self._session: Session | None = None
+        self._known: tuple[kopf.ConnectionInfo, kopf.AiohttpSession] | None = None
+
+    async def log_in(self, **_: Any) -> kopf.AiohttpSession:
+        """Kopf's handler of logins: called at the start, and when the last session was refused."""
+        credentials = self._login()
+        if self._known and self._known[0] == credentials:
+            return self._known[1]
+        await self.close()
+        self._session = Session(credentials)
+        found = kopf.AiohttpSession(
+            server=credentials.server,
+            default_namespace=credentials.default_namespace,
+            expiration=credentials.expiration,
+            aiohttp_session=self._session.http,
+        )
+        self._known = credentials, found
+        return found
+
+    async def close(self) -> None:
+        """Return when every connection is closed."""
+        if self._session:
+            await self._session.close()
+
+
+def registry(log_in: Callable[..., Any], report: Report) -> kopf.OperatorRegistry:
     """One handler for regions and one for what belongs to them."""
     found = kopf.OperatorRegistry()
-
-    def log_in(**_: Any) -> kopf.ConnectionInfo:
-        return login()
 
     async def region_changed(event: Mapping[str, Any], **_: Any) -> None:
         item = event["object"]

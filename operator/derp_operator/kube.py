@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import ssl
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import aiohttp
 
 from . import names
+from .session import Connection, Session
 
 Object = dict[str, Any]
 Query = dict[str, str]
@@ -42,17 +41,6 @@ class ApiError(Exception):
         self.status, self.reason, self.words = status, reason, words or message
 
 
-class Connection(Protocol):
-    """Where the API server is and how to prove who we are; kopf's `ConnectionInfo` is one."""
-
-    @property
-    def server(self) -> str: ...
-
-    def as_ssl_context(self) -> ssl.SSLContext: ...
-
-    def as_http_headers(self) -> dict[str, str]: ...
-
-
 class Cluster(Protocol):
     """What the reconciler needs; tests put faults and counters between it and the real one.
 
@@ -72,12 +60,6 @@ class Cluster(Protocol):
     async def delete(self, kind: str, namespace: str, name: str, uid: str) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Session:
-    http: aiohttp.ClientSession
-    server: str
-
-
 class Kube:
     """The API server behind `login`, which is called again when the credentials have expired.
 
@@ -86,12 +68,13 @@ class Kube:
 
     def __init__(self, login: Callable[[], Connection], *, timeout: float = 10.0) -> None:
         self._login, self._timeout = login, timeout
-        self._session: _Session | None = None
+        self._session: Session | None = None
 
     async def close(self) -> None:
+        """Return when every connection is closed."""
         session, self._session = self._session, None
         if session:
-            await session.http.close()
+            await session.close()
 
     async def get(self, kind: str, namespace: str | None, name: str) -> Object | None:
         """The object, or None if there is none."""
@@ -170,7 +153,7 @@ class Kube:
     async def _once(
         self, method: str, path: str, query: Query | None, body: Object | None, content_type: str
     ) -> Object:
-        session = self._session = self._session or self._open()
+        session = self._session = self._session or Session(self._login(), limit=32, timeout=self._timeout)
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": content_type} if body is not None else {}
         try:
@@ -187,15 +170,6 @@ class Kube:
             message = answer.get("message") or text[:200] or "no message"
             raise ApiError(status, str(answer.get("reason") or status), f"{method} /{path}: {message}", message)
         return answer
-
-    def _open(self) -> _Session:
-        connection = self._login()
-        http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(ssl=connection.as_ssl_context(), limit=32),
-            headers={"User-Agent": names.MANAGER} | connection.as_http_headers(),
-            timeout=aiohttp.ClientTimeout(total=self._timeout),
-        )
-        return _Session(http, connection.server.rstrip("/"))
 
 
 def _path(kind: str, namespace: str | None, name: str = "", subresource: str = "") -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
+import kopf
 import pytest
 from derp_operator import names
-from derp_operator.handlers import watch
+from derp_operator.handlers import Login, WatchError, watch
 
 from .controlplane import ControlPlane
 from .world import World, connection, world
@@ -40,9 +42,9 @@ class Reports:
 
 
 @asynccontextmanager
-async def watching(api: ControlPlane, namespaces: list[str]) -> AsyncIterator[Reports]:
+async def watching(login: Login, namespaces: list[str]) -> AsyncIterator[Reports]:
     reports, ready = Reports(), asyncio.Event()
-    task = asyncio.create_task(watch(lambda: connection(api), namespaces, reports, ready.set))
+    task = asyncio.create_task(watch(login, namespaces, reports, ready.set))
     try:
         async with asyncio.timeout(HANG):
             await ready.wait()
@@ -60,7 +62,7 @@ async def berlin(api: ControlPlane) -> AsyncIterator[World]:
 
 
 async def test_every_kind_is_watched(api: ControlPlane, berlin: World) -> None:
-    async with watching(api, [berlin.namespace]) as reports:
+    async with watching(lambda: connection(api), [berlin.namespace]) as reports:
         await berlin.create()
         await berlin.settle()
         children = [
@@ -83,7 +85,7 @@ async def test_every_kind_is_watched(api: ControlPlane, berlin: World) -> None:
 
 
 async def test_what_others_own_is_not_even_sent(api: ControlPlane, berlin: World) -> None:
-    async with watching(api, [berlin.namespace]) as reports:
+    async with watching(lambda: connection(api), [berlin.namespace]) as reports:
         meta = {"namespace": berlin.namespace, "name": "foreign", "labels": {names.REGION_LABEL: "berlin"}}
         await berlin.kube.create({"apiVersion": "v1", "kind": "Secret", "metadata": meta})
         await berlin.create()
@@ -97,6 +99,24 @@ async def test_a_user_without_a_name_is_fine(api: ControlPlane, berlin: World, m
         raise KeyError("getpwuid(): uid not found: 65532")  # as in a pod
 
     monkeypatch.setattr("getpass.getuser", nameless)
-    async with watching(api, [berlin.namespace]) as reports:
+    async with watching(lambda: connection(api), [berlin.namespace]) as reports:
+        await berlin.create()
+        await reports.until(("berlin", False))
+
+
+def nobody(api: ControlPlane) -> kopf.ConnectionInfo:
+    """Credentials that are refused."""
+    return dataclasses.replace(connection(api), token="nobody's", certificate_data=None, private_key_data=None)
+
+
+async def test_credentials_that_are_refused_end_the_watch(api: ControlPlane) -> None:
+    async with asyncio.timeout(HANG):
+        with pytest.raises(WatchError, match="Ran out of valid credentials"):
+            await watch(lambda: nobody(api), ["default"], lambda *_: None, lambda: None)
+
+
+async def test_credentials_that_have_been_renewed_are_taken(api: ControlPlane, berlin: World) -> None:
+    logins = iter([nobody(api)])
+    async with watching(lambda: next(logins, connection(api)), [berlin.namespace]) as reports:
         await berlin.create()
         await reports.until(("berlin", False))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import os
 from collections import Counter
@@ -278,7 +277,6 @@ async def world(api: ControlPlane) -> AsyncIterator[World]:
         yield World(kube, namespace)
     finally:
         await kube.close()
-        await asyncio.sleep(0)  # let the transports close
 
 
 def connection(api: ControlPlane) -> kopf.ConnectionInfo:
