@@ -36,6 +36,7 @@ from .net.doorman import Doorman, HTTPHandler, Reception
 from .net.http import Site, connections, public_app, redirect_app
 from .net.hub import Hub
 from .net.listener import Listener, SocketOptions
+from .net.memory import Memory
 from .net.mesh import Mesh
 from .net.mesh import Timings as MeshTimings
 from .net.stun import STUNServer
@@ -90,6 +91,7 @@ class Relay:
         )
         self._rng = rng
         self._timings = timings
+        self._memory = Memory()
         self.admission = Admission(self.state.policy())
         self._http_listener: Listener | None = None
         self._fronts: list[Listener | Reception] = []
@@ -313,6 +315,7 @@ class Relay:
     async def _follow_files(self) -> None:
         while True:
             asked = await self._next_look()
+            self._memory.look(self._connections())
             try:
                 if (
                     self.state.poll(at_once=asked)
@@ -324,6 +327,10 @@ class Relay:
                 log.error("%s", error)
             except Exception:  # a relay that no longer reads its files would be worse than a traceback in its log
                 log.exception("cannot put the files into force; trying again")
+
+    def _connections(self) -> int:
+        links = len(self.hub.links) if self.hub is not None else 0
+        return links + (self.listener.arrivals if self.listener is not None else 0)
 
     async def _next_look(self) -> bool:
         """Wait until it is time to look at the files; whether somebody asked for it."""

@@ -145,6 +145,11 @@ class Listener:
         """The bound port."""
         return int(self._sock.getsockname()[1])
 
+    @property
+    def arrivals(self) -> int:
+        """How many connections the doorman has not got yet."""
+        return len(self._arrivals)
+
     def close(self) -> None:
         """Refuse new connections from now on, and give up unfinished handshakes; the others live on."""
         if self._sock.fileno() >= 0:

@@ -22,7 +22,19 @@ from ..interop.processes import HANG, LineProcess
 from ..tls import trusting
 from ..unit.loopback import FAST
 
-__all__ = ["FAST", "MIB", "Figures", "HostileRelay", "Raw", "at_once", "bystanders", "login_of", "relay"]
+__all__ = [
+    "FAST",
+    "MIB",
+    "WEBSOCKET",
+    "Figures",
+    "HostileRelay",
+    "Raw",
+    "at_once",
+    "bystanders",
+    "login_of",
+    "message",
+    "relay",
+]
 
 MIB = 1 << 20
 LISTENS_ON = "127.0.0.1"
@@ -210,3 +222,17 @@ async def bystanders(node: HostileRelay, what: str) -> AsyncIterator[None]:
     assert not told["closed"], told
     assert told["received"] == told["sent"] > 0, told
     assert not told["out_of_order"], told
+
+
+WEBSOCKET = (
+    b"GET /derp HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"Sec-WebSocket-Protocol: derp\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Key: MDEyMzQ1Njc4OTAxMjM0NQ==\r\n\r\n"
+)
+
+
+def message(payload: bytes, *, kind: int = 2, fin: int = 0x80) -> bytes:
+    """A frame of a WebSocket client, masked with zeros."""
+    size = len(payload)
+    length = bytes((0x80 | size,)) if size < 126 else b"\xfe" + size.to_bytes(2, "big")
+    return bytes((fin | kind,)) + length + bytes(4) + payload

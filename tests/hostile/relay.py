@@ -7,7 +7,6 @@ Constants can be set, so that no test waits for half a minute.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import gc
 import importlib
 import json
@@ -17,6 +16,7 @@ import sys
 from typing import Any
 
 from derper import certs, cli, procfs
+from derper.net.memory import trim
 from derper.server import Relay
 
 
@@ -38,7 +38,8 @@ class WatchedRelay(Relay):
         for line in lines.splitlines():
             command = json.loads(line)
             if command["cmd"] == "trim":
-                _trim()
+                gc.collect()
+                trim()
             say(event="reply", seq=command["seq"], **self.snapshot())
 
     def snapshot(self) -> dict[str, Any]:
@@ -66,14 +67,6 @@ class WatchedRelay(Relay):
             "sent": counters.packets_sent,
             "duplicates": counters.total_dup_client_conns,
         }
-
-
-def _trim() -> None:
-    """What is free but kept by glibc for later goes back to the system; the rest is in use, or a leak."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def say(**members: object) -> None:

@@ -14,7 +14,7 @@ from derper.wire import frames
 from derper.wire.keys import NodePrivate
 
 from ..interop.processes import HANG
-from .kit import FAST, MIB, Figures, HostileRelay, Raw, at_once, bystanders, login_of, relay
+from .kit import FAST, MIB, WEBSOCKET, Figures, HostileRelay, Raw, at_once, bystanders, login_of, message, relay
 
 SHORT = (
     "derper.net.doorman.HEAD_SECONDS=2",
@@ -333,20 +333,6 @@ async def test_a_websocket_of_tiny_frames(node: HostileRelay) -> None:
                 found += await raw.reader.readexactly(1)
         await raw.close()
         await node.as_before(before)
-
-
-WEBSOCKET = (
-    b"GET /derp HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-    b"Sec-WebSocket-Protocol: derp\r\nSec-WebSocket-Version: 13\r\n"
-    b"Sec-WebSocket-Key: MDEyMzQ1Njc4OTAxMjM0NQ==\r\n\r\n"
-)
-
-
-def message(payload: bytes, *, kind: int = 2, fin: int = 0x80) -> bytes:
-    """A frame of a WebSocket client, masked with zeros."""
-    size = len(payload)
-    length = bytes((0x80 | size,)) if size < 126 else b"\xfe" + size.to_bytes(2, "big")
-    return bytes((fin | kind,)) + length + bytes(4) + payload
 
 
 def client_hello() -> bytes:

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from aiohttp import web
 from derper.wire import frames
 from derper.wire.keys import NodePrivate
 
-from .kit import FAST, MIB, HostileRelay, at_once, login_of, relay
+from .kit import FAST, MIB, WEBSOCKET, Figures, HostileRelay, Raw, at_once, login_of, message, relay
 
 LEAK = 400  # bytes for each connection; what one of ours costs is tens of times that
 SLACK = 8 * MIB  # the allocator's
@@ -71,6 +72,18 @@ async def be_refused(node: HostileRelay, number: int) -> None:
     await raw.close()
 
 
+async def speak_websocket(node: HostileRelay, number: int) -> None:
+    """A login over WebSocket, then a goodbye, or none."""
+    raw = await node.connect()
+    raw.send(WEBSOCKET, message(login_of(KEYS[number % len(KEYS)], node.server_key)))
+    await raw.reader.readuntil(b"\r\n\r\n")
+    if number % 2:
+        raw.reset()
+    else:
+        raw.send(message(b"\x03\xe8", kind=8))
+        await raw.close()
+
+
 async def ask_for_a_page(node: HostileRelay, number: int) -> None:
     """HTTP, kept open until the client goes."""
     raw = await node.connect()
@@ -89,6 +102,7 @@ WAYS: Mapping[str, Callable[[HostileRelay, int], Awaitable[None]]] = {
         leave_during_the_head,
         leave_during_the_login,
         be_refused,
+        speak_websocket,
         ask_for_a_page,
     )
 }
@@ -144,6 +158,28 @@ async def come_and_go(node: HostileRelay, count: int) -> None:
 async def test_nothing_is_left_of_a_thousand(tmp_path: Path, loop: str, tls: bool) -> None:
     async with guarded(tmp_path, loop, tls=tls) as node:
         await come_and_go(node, 1000)
+
+
+async def test_memory_returns_after_waves(tmp_path: Path) -> None:
+    """The system has it back, without being asked for it: glibc alone would keep more after each wave."""
+    async with relay(tmp_path) as node:
+        await (await node.log_in()).close()
+        before = (await node.trimmed()).memory
+        clients: list[Raw] = []
+
+        async def come(_: int) -> None:
+            clients.append(await node.log_in())
+
+        for _ in range(3):
+            await at_once(1000, 1000, come)
+            most = before + ((await node.figures()).memory - before) // 3
+            await asyncio.gather(*(raw.close() for raw in clients))
+            clients.clear()
+            await node.until(partial(holds_less, most))
+
+
+def holds_less(most: int, now: Figures) -> bool:
+    return now.memory < most
 
 
 @pytest.mark.slow

@@ -200,7 +200,10 @@ async def test_what_waits_for_a_client_that_does_not_read(both: Both, raw: RawCl
     for relay in (both.stock, both.ours):
         sender, victim = await raw.login(relay), await raw.login(relay)
         victim.stop_reading()
-        packets, discos = frames.send_packet(victim.key, bytes(20_000)) * 50, frames.send_packet(victim.key, DISCO) * 100
+        packets, discos = (
+            frames.send_packet(victim.key, bytes(20_000)) * 50,
+            frames.send_packet(victim.key, DISCO) * 100,
+        )
         before, more = [0.0, 0.0], [0.0, 0.0]
         while more != [50, 100]:  # full queues, and the system's buffers have done growing
             assert await sender.until_echo(packets + discos) == []
