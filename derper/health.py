@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 from aiohttp import web
 
 from . import __version__, metrics, status
+from .certs import ip_address_of
 from .expvar import vars_json
 from .net.debug import Facts
 from .net.sockets import bind, bind_unix
@@ -156,7 +158,8 @@ def go_duration(seconds: int) -> str:
 
 
 def _is_local(request: web.Request) -> bool:
-    """On the socket or over loopback, and not through a proxy that stands in for somebody else."""
+    """On the socket or over loopback, and not for somebody else: through a proxy, or through a browser on this
+    machine in which a foreign page asks a name of its own that leads here."""
     transport = request.transport
     peer: Any = transport.get_extra_info("socket") if transport is not None else None
     if peer is None:
@@ -164,7 +167,12 @@ def _is_local(request: web.Request) -> bool:
     if peer.family == socket.AF_UNIX:
         return True
     address = ip_address((request.remote or "0.0.0.0").removeprefix("::ffff:"))  # a mapped IPv4 address is IPv4
-    return address.is_loopback and "X-Forwarded-For" not in request.headers
+    return address.is_loopback and "X-Forwarded-For" not in request.headers and _is_own_name(request.host)
+
+
+def _is_own_name(host: str) -> bool:
+    name = re.sub(r":\d*$", "", host).strip("[]")
+    return name == "localhost" or ip_address_of(name) is not None
 
 
 def _remove(path: Path, inode: int) -> None:

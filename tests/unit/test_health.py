@@ -192,11 +192,15 @@ async def test_on_the_port_clients_are_only_listed_over_loopback(tmp_path: Path)
         (socket.AF_INET, "192.0.2.1", {}, False),
         (socket.AF_INET, None, {}, False),
         (socket.AF_INET, "127.0.0.1", {"X-Forwarded-For": "127.0.0.1"}, False),
+        (socket.AF_INET, "127.0.0.1", {"Host": "localhost:9090"}, True),
+        (socket.AF_INET6, "::1", {"Host": "[::1]:9090"}, True),
+        (socket.AF_INET, "127.0.0.1", {"Host": "page.example:9090"}, False),
     ],
 )
 async def test_who_is_local(family: int, remote: str | None, headers: dict[str, str], local: bool) -> None:
     transport = SimpleNamespace(get_extra_info=lambda _: SimpleNamespace(family=family))
-    request: Any = SimpleNamespace(transport=transport, remote=remote, headers=headers)
+    host = headers.get("Host", "127.0.0.1:9090")
+    request: Any = SimpleNamespace(transport=transport, remote=remote, headers=headers, host=host)
     assert health._is_local(request) is local
 
 

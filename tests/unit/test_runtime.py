@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import resource
+import signal
 
 from derper import runtime
 
@@ -15,3 +18,23 @@ def test_as_many_files_as_allowed() -> None:
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+async def test_signals() -> None:
+    """SIGTERM and SIGINT are heard; the users' signals do nothing, rather than end the process."""
+    loop, numbers = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (*numbers, signal.SIGUSR1, signal.SIGUSR2)}
+    try:
+        stop = runtime.stop_signals()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        for number in numbers:
+            assert not stop.is_set()
+            os.kill(os.getpid(), number)
+            await stop.wait()
+            stop.clear()
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+        for number, handler in before.items():
+            signal.signal(number, handler)
