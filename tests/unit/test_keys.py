@@ -112,6 +112,11 @@ def test_a_key_file_is_read_as_go_reads_it() -> None:
     assert NodePrivate.from_config(text % ("22" * 32, "11" * 32)).secret_text() == f"privkey:{'11' * 32}"
 
 
+def test_a_key_file_with_a_key_that_is_none() -> None:
+    with pytest.raises(KeyFormatError, match=r"^a private key must be 64 hexadecimal digits, not 4 characters$"):
+        NodePrivate.from_config('{"PrivateKey": "privkey:1234"}')
+
+
 def test_a_key_of_zeros_is_refused() -> None:
     with pytest.raises(KeyFormatError, match=r"^a private key of zeros is no secret"):
         NodePrivate.from_config(f'{{"PrivateKey": "privkey:{"00" * 32}"}}')
