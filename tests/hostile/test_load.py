@@ -56,7 +56,7 @@ async def test_ten_thousand_idle_clients(tmp_path: Path) -> None:
         await asyncio.gather(*(raw.close() for raw in clients))
         await node.as_before(before)
         twice = await node.trimmed()
-        assert twice.memory - once.memory < IDLE * 512, "something of each client is left"
+        assert twice.memory - once.memory < IDLE * 1024, "something of each client is left"  # of 27 KiB
         print(
             f"\n{IDLE} idle clients: {each / 1024:.1f} KiB each; memory {before.memory / MIB:.0f} >"
             f" {during.memory / MIB:.0f} > {gone.memory / MIB:.0f} MiB, in use {once.memory / MIB:.0f} MiB,"
