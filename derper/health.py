@@ -15,7 +15,6 @@ import re
 import socket
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,6 +25,7 @@ from .certs import ip_address_of
 from .expvar import vars_json
 from .net.debug import Facts
 from .net.sockets import bind, bind_unix
+from .relay.proxies import remote_from
 
 if TYPE_CHECKING:
     from .relay.session import Session
@@ -131,7 +131,7 @@ def debug_facts(relay: Relay) -> Facts:
 
     def title() -> dict[str, object]:
         return {
-            "Uptime": go_duration(int((datetime.now(UTC) - relay.started_at).total_seconds())),
+            "Uptime": go_duration(relay.uptime),
             "Version": __version__,
             "Machine": socket.gethostname(),
             "TLS hostname": relay.config.hostname,
@@ -166,8 +166,9 @@ def _is_local(request: web.Request) -> bool:
         return False
     if peer.family == socket.AF_UNIX:
         return True
-    address = ip_address((request.remote or "0.0.0.0").removeprefix("::ffff:"))  # a mapped IPv4 address is IPv4
-    return address.is_loopback and "X-Forwarded-For" not in request.headers and _is_own_name(request.host)
+    address = remote_from((request.remote or "0.0.0.0", 0)).ip
+    is_loopback = address is not None and address.is_loopback
+    return is_loopback and "X-Forwarded-For" not in request.headers and _is_own_name(request.host)
 
 
 def _is_own_name(host: str) -> bool:

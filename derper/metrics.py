@@ -12,7 +12,6 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from . import __version__, procfs
@@ -40,7 +39,7 @@ def published(relay: Relay) -> Tree:
         **{f"counter_bootstrap_dns_{name}": count for name, count in asdict(bootstrap.counters).items()},
         "cmdline": sys.argv,
         "counter_bootstrap_dns_queried_domains": Func(len(bootstrap.queried)),
-        "counter_uptime_sec": Func(int((datetime.now(UTC) - relay.started_at).total_seconds())),
+        "counter_uptime_sec": Func(relay.uptime),
         "derper": _ours(relay),
         "derper_tls_request_version": LabelMap("version", counters.http_requests if counters else {}),
         "gauge_derper_tls_active_version": LabelMap("version", _tls_active(relay.hub)),
@@ -68,6 +67,7 @@ def published(relay: Relay) -> Tree:
 def _derp(relay: Relay, hub: Hub) -> Tree:
     counters, router, limits = hub.counters, hub.router, hub.limits
     disco = counters.packets_received_disco
+    clients, local = router.clients_total, len(router.active)
     tree: dict[str, Value] = {name: getattr(counters, name) for name in _COUNTERS}
     tree |= {
         "average_queue_duration_ms": Func(counters.average_queue_duration),
@@ -77,9 +77,9 @@ def _derp(relay: Relay, hub: Hub) -> Tree:
         "counter_packets_received_kind": LabelMap("kind", {"disco": disco, "other": counters.packets_received - disco}),
         "counter_tcp_rtt": LabelMap("le", counters.tcp_rtt),
         "counter_total_dup_client_conns": counters.total_dup_client_conns,
-        "gauge_clients_local": Func(len(router.active)),
-        "gauge_clients_remote": Func(router.clients_total - len(router.active)),
-        "gauge_clients_total": Func(router.clients_total),
+        "gauge_clients_local": Func(local),
+        "gauge_clients_remote": Func(clients - local),
+        "gauge_clients_total": Func(clients),
         "gauge_current_connections": counters.current_connections,
         "gauge_current_dup_client_conns": router.duplicate_connections,
         "gauge_current_dup_client_keys": router.duplicate_keys,
@@ -207,6 +207,7 @@ def process() -> Tree:
     if not procfs.available():
         return tree
     received, sent = procfs.network_bytes()
+    memory = procfs.memory()
     return tree | {
         "process_network_receive_bytes_total": _single(
             "counter", "Number of bytes received by the process over the network.", received
@@ -215,11 +216,11 @@ def process() -> Tree:
             "counter", "Number of bytes sent by the process over the network.", sent
         ),
         "process_open_fds": _single("gauge", "Number of open file descriptors.", procfs.open_files()),
-        "process_resident_memory_bytes": _single("gauge", "Resident memory size in bytes.", procfs.memory().resident),
+        "process_resident_memory_bytes": _single("gauge", "Resident memory size in bytes.", memory.resident),
         "process_start_time_seconds": _single(
             "gauge", "Start time of the process since unix epoch in seconds.", procfs.start_time()
         ),
-        "process_virtual_memory_bytes": _single("gauge", "Virtual memory size in bytes.", procfs.memory().virtual),
+        "process_virtual_memory_bytes": _single("gauge", "Virtual memory size in bytes.", memory.virtual),
     }
 
 

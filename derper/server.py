@@ -44,7 +44,7 @@ from .net.tls import ServerTLS, utc_now
 from .relay.limits import TokenBucket
 from .relay.session import Remote
 from .state import RelayState
-from .text import reason
+from .text import host_port, reason
 from .wire import frames
 
 __all__ = ["Relay", "StartError", "Timings"]
@@ -136,10 +136,7 @@ class Relay:
         self.draining = True
         if self._poll_task is not None:  # it may be about to listen
             self._poll_task.cancel()
-        if self.listener is not None:
-            self.listener.close()
-        if self._http_listener is not None:
-            self._http_listener.close()
+        self._close_ports()
         if self.hub is not None:
             self.hub.draining = True
             await self._close_clients(self.hub)
@@ -151,9 +148,7 @@ class Relay:
         for task in (self._poll_task, self._dns_task):
             if task is not None:
                 task.cancel()
-        for listener in (self.listener, self._http_listener):
-            if listener is not None:
-                listener.close()
+        self._close_ports()
         if self.stun is not None:
             self.stun.close()
         if self.mesh is not None:
@@ -167,6 +162,11 @@ class Relay:
         if self._health is not None:
             await self._health.close()
             self._health = None
+
+    def _close_ports(self) -> None:
+        for listener in (self.listener, self._http_listener):
+            if listener is not None:
+                listener.close()
 
     async def _close_clients(self, hub: Hub) -> None:
         clients = [link for link in hub.links if link.session is None or not link.session.can_mesh]
@@ -225,7 +225,7 @@ class Relay:
             server = await STUNServer.listen(host, port, self.serving)
         except OSError as error:
             raise StartError(_cannot_listen("UDP", host, port, error, "-stun-port")) from None
-        log.info("STUN server listening on %s", _host_port(host or "::", server.port))  # as stock derper says it
+        log.info("STUN server listening on %s", host_port(host or "::", server.port))  # as stock derper says it
         return server
 
     async def _listen(self, hub: Hub) -> None:
@@ -238,7 +238,7 @@ class Relay:
         if config.tls and config.http_port >= 0:
             await self._listen_http(hub)
         scheme = " with TLS" if config.tls else ""  # as stock derper says it
-        log.info("derper: serving on %s%s", _host_port(config.listen_host, self.listener.port), scheme)
+        log.info("derper: serving on %s%s", host_port(config.listen_host, self.listener.port), scheme)
 
     async def _listen_http(self, hub: Hub) -> None:
         reception = Reception(hub, await self._runner(redirect_app(self._site(hub))), serve_derp=False)
@@ -277,7 +277,7 @@ class Relay:
             except OSError as error:
                 where = _cannot_listen("TCP", config.metrics_host, config.metrics_port, error, "-metrics-addr")
                 raise StartError(where) from None
-            log.info("derper: serving metrics on %s", _host_port(config.metrics_host, port))
+            log.info("derper: serving metrics on %s", host_port(config.metrics_host, port))
         path = Path(config.status_socket) if config.status_socket else default_socket()
         if path is not None:
             await self._serve_status(self._health, path)
@@ -363,6 +363,11 @@ class Relay:
 
     # -- how it is -------------------------------------------------------------------------------------------
 
+    @property
+    def uptime(self) -> int:
+        """Whole seconds since the start."""
+        return int((utc_now() - self.started_at).total_seconds())
+
     def reasons(self) -> list[str]:
         """Why the relay does not serve clients; empty when it does."""
         if self.draining:
@@ -377,10 +382,6 @@ class Relay:
     def serving(self) -> bool:
         """Whether a client that comes now is served; STUN is silent otherwise."""
         return not self.reasons()
-
-
-def _host_port(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _cannot_listen(kind: str, host: str, port: int, error: OSError, flag: str) -> str:

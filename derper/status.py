@@ -45,7 +45,7 @@ def collect(relay: Relay) -> dict[str, Any]:
         },
         "admission": _admission(relay),
         "stun": _stun(relay),
-        "process": _process(relay.started_at),
+        "process": _process(relay),
         "settings": relay.state.settings.digest if relay.state.settings else None,
         "version": __version__,
     }
@@ -178,13 +178,13 @@ def _stun(relay: Relay) -> dict[str, Any] | None:
     return {"port": relay.stun.port, "answering": relay.serving(), "requests": dict(relay.stun.dispositions)}
 
 
-def _process(started_at: datetime) -> dict[str, Any]:
+def _process(relay: Relay) -> dict[str, Any]:
     usage = resource.getrusage(resource.RUSAGE_SELF)
     entry: dict[str, Any] = {
         "pid": os.getpid(),
         "python": platform.python_version(),
-        "since": timestamp(started_at),
-        "uptimeSeconds": int((datetime.now(UTC) - started_at).total_seconds()),
+        "since": timestamp(relay.started_at),
+        "uptimeSeconds": relay.uptime,
         "cpuSeconds": round(usage.ru_utime + usage.ru_stime, 2),
         "fileLimit": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     }

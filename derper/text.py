@@ -1,10 +1,10 @@
-"""Tables, measures and reasons as people read them."""
+"""Tables, measures, addresses and reasons as people read them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["bytes_of", "duration", "milliseconds", "reason", "table"]
+__all__ = ["bytes_of", "duration", "host_port", "milliseconds", "reason", "table"]
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -37,6 +37,11 @@ def bytes_of(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} GiB"
+
+
+def host_port(host: object, port: int | str) -> str:
+    """``host:port``, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
 
 
 def reason(error: OSError) -> str:

@@ -28,7 +28,7 @@ import aiohttp
 from .. import certs
 from ..derpmap import DERPMap, DERPNode, DERPRegion
 from ..runtime import run, stop_signals
-from ..text import reason
+from ..text import host_port, reason
 from ..wire.keys import NodePrivate
 
 __all__ = ["main"]
@@ -164,10 +164,6 @@ def _free_ports(host: str, count: int) -> list[_Ports]:
         return [_Ports(derp=port(tcp), stun=port(udp), metrics=port(tcp)) for _ in range(count)]
 
 
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def _write_files(folder: Path, region: str, nodes: Sequence[_Node]) -> None:
     (folder / "mesh.key").write_text(secrets.token_hex(32) + "\n")
     for node in nodes:
@@ -181,7 +177,7 @@ def _write_files(folder: Path, region: str, nodes: Sequence[_Node]) -> None:
                 "serverKey": str(node.key.public),
                 "hostName": node.host_name,
                 "certName": certs.pin(node.certificate.leaf),
-                "dial": _address(node.host, node.ports.derp),
+                "dial": host_port(node.host, node.ports.derp),
                 "certificates": [str(folder / f"{node.name}.g1")],
             }
             for node in nodes
@@ -193,14 +189,14 @@ def _write_files(folder: Path, region: str, nodes: Sequence[_Node]) -> None:
 
 def _spawn(folder: Path, node: _Node, verbose: bool) -> subprocess.Popen[bytes]:
     flags = {
-        "a": _address(node.host, node.ports.derp),
+        "a": host_port(node.host, node.ports.derp),
         "http-port": "-1",
         "stun-port": str(node.ports.stun),
         "c": str(folder / f"{node.name}.derper.key"),
         "mesh-psk-file": str(folder / "mesh.key"),
         "settings": str(folder / "settings.json"),
         "node": node.name,
-        "metrics-addr": _address(node.host, node.ports.metrics),
+        "metrics-addr": host_port(node.host, node.ports.metrics),
     }
     command = [sys.executable, "-m", "derper", *(f"-{name}={value}" for name, value in flags.items())]
     log = None if verbose else subprocess.DEVNULL
@@ -222,7 +218,7 @@ async def _meshed(nodes: Sequence[_Node], processes: Sequence[subprocess.Popen[b
 
 
 async def _is_up(http: aiohttp.ClientSession, node: _Node, peers: int) -> bool:
-    url = f"http://{_address(node.host, node.ports.metrics)}/status"
+    url = f"http://{host_port(node.host, node.ports.metrics)}/status"
     try:
         async with http.get(url) as response:
             status = await response.json()

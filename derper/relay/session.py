@@ -21,6 +21,7 @@ from ipaddress import IPv4Address, IPv6Address
 from struct import Struct
 from typing import Final, Protocol
 
+from ..text import host_port
 from ..wire import frames
 from ..wire.errors import ProtocolError
 from ..wire.frames import DISCO_MAGIC, HEADER, HEADER_LEN, MAX_PACKET, MAX_PING, PING_LEN, FrameType, PeerGoneReason
@@ -74,7 +75,7 @@ class Remote:
     def __str__(self) -> str:
         if self.ip is None:
             return "unknown"
-        return f"[{self.ip}]:{self.port}" if self.ip.version == 6 else f"{self.ip}:{self.port}"
+        return host_port(self.ip, self.port)
 
 
 class Session:

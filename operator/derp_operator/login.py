@@ -7,6 +7,8 @@ import os
 
 import kopf
 
+from derper.text import host_port
+
 
 class LoginError(Exception):
     """There are no credentials.  The message says what to do."""
@@ -19,9 +21,7 @@ def login() -> kopf.ConnectionInfo:
     host, port = os.environ.get("KUBERNETES_SERVICE_HOST"), os.environ.get("KUBERNETES_SERVICE_PORT", "443")
     if found and host:
         # The address rather than the name: the operator must work while the cluster's DNS does not.
-        return dataclasses.replace(
-            found, server=f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
-        )
+        return dataclasses.replace(found, server=f"https://{host_port(host, port)}")
     try:
         found = found or kopf.login_with_kubeconfig(settings=settings)
     except OSError as error:

@@ -1,13 +1,15 @@
-"""The unit tests' event loops (asyncio's own, and uvloop too where a test is marked `both_loops`) and hypothesis."""
+"""A plain relay, the event loops (asyncio's own, and uvloop too where a test is marked `both_loops`), hypothesis."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import pytest
 import uvloop
 from hypothesis import HealthCheck, settings
+
+from .loopback import LoopbackRelay, relay
 
 # A busy machine is no failure.
 settings.register_profile("unit", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -25,3 +27,10 @@ def pytest_asyncio_loop_factories(
     if item.get_closest_marker("both_loops") is not None:
         factories["uvloop"] = uvloop.new_event_loop
     return factories
+
+
+@pytest.fixture
+async def node() -> AsyncIterator[LoopbackRelay]:
+    """A relay without TLS; modules that need another one have a fixture of their own."""
+    async with relay() as running:
+        yield running

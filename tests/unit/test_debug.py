@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 
 import pytest
 
 from derper.net import debug
 from derper.wire import frames
 
-from .loopback import LoopbackRelay, private, relay, until
+from .loopback import LoopbackRelay, private, until
 
 pytestmark = pytest.mark.both_loops
-
-
-@pytest.fixture
-async def node() -> AsyncIterator[LoopbackRelay]:
-    async with relay() as node:
-        yield node
 
 
 async def get(node: LoopbackRelay, path: str) -> tuple[bytes, bytes]:

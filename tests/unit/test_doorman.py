@@ -23,12 +23,6 @@ pytestmark = pytest.mark.both_loops
 ALICE = private(1)
 
 
-@pytest.fixture
-async def node() -> AsyncIterator[LoopbackRelay]:
-    async with relay() as running:
-        yield running
-
-
 def login(node: LoopbackRelay) -> bytes:
     return handshake.client_info_frame(ALICE, node.public_key, ClientInfo())
 

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import os
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -33,12 +33,6 @@ from .streams import cuts
 pytestmark = pytest.mark.both_loops
 ALICE, BOB, CAROL = private(1), private(2), private(3)
 MESH_KEY = MeshKey(b"\xab" * 32)
-
-
-@pytest.fixture
-async def node() -> AsyncIterator[LoopbackRelay]:
-    async with relay() as running:
-        yield running
 
 
 def login_frame(node: LoopbackRelay, key: NodePrivate = ALICE, info: ClientInfo | None = None) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -23,12 +22,6 @@ from .loopback import LoopbackRelay, RawClient, private, relay, until
 pytestmark = pytest.mark.both_loops
 ALICE, BOB, CAROL = private(1), private(2), private(3)
 MESH_KEY = MeshKey(b"\xab" * 32)
-
-
-@pytest.fixture
-async def node() -> AsyncIterator[LoopbackRelay]:
-    async with relay() as running:
-        yield running
 
 
 async def stalled(node: LoopbackRelay, key: NodePrivate, info: ClientInfo | None = None) -> RawClient:

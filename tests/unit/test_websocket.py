@@ -6,7 +6,6 @@ import asyncio
 import gc
 import random
 import weakref
-from collections.abc import AsyncIterator
 from contextlib import suppress
 
 import pytest
@@ -27,12 +26,6 @@ ALICE, BOB = private(1), private(2)
 KEY = b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
 HEAD = b"GET /derp HTTP/1.1\r\nHost: x\r\nConnection: keep-alive, Upgrade\r\nUpgrade: WebSocket\r\n" + KEY
 UPGRADE = HEAD + b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Protocol: derp\r\n\r\n"
-
-
-@pytest.fixture
-async def node() -> AsyncIterator[LoopbackRelay]:
-    async with relay() as running:
-        yield running
 
 
 class Browser:
