@@ -13,15 +13,16 @@ help: ## this list
 
 # -- set-up
 
-$(VENV)/.ready: requirements.txt pyproject.toml
+$(VENV)/.ready: requirements.txt pyproject.toml hatch_build.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON to one."; exit 2; }
 	@echo "==> venv: installing the pinned packages into $(VENV)" >&2
 	@$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing: apt-get install python3-venv"; exit 2; }
 	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@DERPER_NO_EXTENSIONS=1 $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 
-venv: $(VENV)/.ready ## .venv with derper, derp-operator and the test tools
+venv: $(VENV)/.ready ## .venv with derper, derp-operator and the test tools; hot modules compiled if there is a C compiler
+	@$(RUN) dev.extensions build
 
 lock: venv ## requirements.txt anew from pyproject.toml
 	@$(BIN)/pip install --quiet --disable-pip-version-check uv
@@ -47,11 +48,12 @@ images: venv ## the container images of relay and operator
 
 # -- check
 
-lint: venv ## ruff, mypy --strict, import contracts, chart and CRD
+lint: venv ## ruff, mypy --strict, import contracts, compiled modules, chart and CRD
 	@echo "==> lint: ruff"; $(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
 	@echo "==> lint: mypy --strict"; $(BIN)/mypy
 	@echo "==> lint: import contracts"; $(BIN)/lint-imports --no-cache | grep -vE '[╔╗║╚▶◀▲]|└|^$$'
 	@echo "==> lint: the chart's CRD and docs/api.md are those of crds/"; $(RUN) dev.chart check && $(RUN) dev.apidoc check
+	@echo "==> lint: one source and its types for each compiled module"; $(RUN) dev.extensions check
 	@echo "==> lint: docs/parity.md is tests/interop/parity/"; $(RUN) dev.parity check
 
 test: lint test-unit test-fuzz test-hostile test-interop test-api test-e2e ## everything
