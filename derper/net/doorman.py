@@ -35,6 +35,8 @@ from .websocket import SUBPROTOCOL, WebSocket, handshake, wants_websocket
 
 __all__ = ["Doorman", "HTTPHandler", "Reception", "remote_of"]
 
+_KNOWN: Final = 64  # upgrades to DERP to remember
+_KNOWN_BYTES: Final = 1 << 10  # of the longest head of such
 HEAD_SECONDS: Final = 30.0  # for a whole request; also for the pause between two (http.Server.ReadTimeout)
 _METHODS: Final = {"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"}
 _IN_QUERY: Final = "".join(map(chr, range(0x21, 0x7F)))
@@ -55,6 +57,21 @@ class HTTPHandler(Protocol):
         """Let go of the transport: it goes to another protocol."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Upgrade:
+    """What the head of an upgrade to DERP says."""
+
+    fast_start: bool
+    not_ideal: bool
+    forwarded: tuple[str, ...]
+
+    @classmethod
+    def of(cls, head: Head) -> _Upgrade:
+        return cls(
+            head.first("derp-fast-start") == "1", bool(head.first("ideal-node")), tuple(head.all("x-forwarded-for"))
+        )
+
+
 @dataclass(slots=True)
 class Reception:
     """Where the doorman sends people."""
@@ -65,6 +82,14 @@ class Reception:
     ]  #: for a client's connection; calls back after each answer
     serve_derp: bool = True  #: false: ``/derp`` answers 404, as ``--derp=false``
     proxies: Proxies = field(default_factory=Proxies)  #: may be replaced at any time
+    known: dict[bytes, _Upgrade] = field(default_factory=dict)  #: heads that led to DERP: most clients send the same
+
+    def remember(self, raw: bytes, upgrade: _Upgrade) -> None:
+        """The whole head `raw` leads to DERP, whoever sends it."""
+        if len(raw) <= _KNOWN_BYTES and not upgrade.forwarded:  # what a proxy adds differs for each client
+            if len(self.known) >= _KNOWN:
+                self.known.clear()
+            self.known[raw] = upgrade
 
 
 class Doorman(asyncio.Protocol):
@@ -90,7 +115,7 @@ class Doorman(asyncio.Protocol):
     def __init__(self, reception: Reception, remote: Remote | None = None) -> None:
         self._reception = reception
         self._remote = remote
-        self._head = HeadReader()
+        self._head: HeadReader | None = None  # made when it is needed
         self._transport: asyncio.Transport
         self._timer: asyncio.TimerHandle | None = None
         self._http: HTTPHandler | None = None
@@ -116,7 +141,7 @@ class Doorman(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Collect a head, or pass on a body."""
-        if self._transport.is_closing():
+        if self._transport.is_closing() or (self._head is None and self._is_known(data)):
             return
         if self._body != 0:
             data = self._pass_on(data)
@@ -142,10 +167,21 @@ class Doorman(asyncio.Protocol):
 
     # -- requests -----------------------------------------------------------------------------------------
 
+    def _is_known(self, data: bytes) -> bool:
+        """Serve a head that is known to lead to DERP; most clients' is, and need not be read once more."""
+        end = data.find(b"\r\n\r\n", 0, _KNOWN_BYTES) + len(b"\r\n\r\n")
+        upgrade = self._reception.known.get(data[:end])
+        if upgrade is None:
+            return False
+        self._stop_timer()
+        self._derp(upgrade, data[end:])
+        return True
+
     def _read(self, data: bytes) -> None:
         while data and not self._is_answering and not self._transport.is_closing():
+            reader = self._head = self._head or HeadReader()
             try:
-                head = self._head.feed(data)
+                head = reader.feed(data)
             except HeadError as fault:
                 self._transport.write(refusal(fault))
                 self._transport.close()
@@ -153,21 +189,22 @@ class Doorman(asyncio.Protocol):
             if head is None:
                 return
             self._stop_timer()
-            rest, self._head = self._head.rest, HeadReader(after=head.method)
-            data = self._receive(head, rest)
+            self._head = HeadReader(after=head.method)
+            data = self._receive(head, reader.raw, reader.rest)
         self._hold(data)
 
-    def _receive(self, head: Head, rest: bytes) -> bytes:
+    def _receive(self, head: Head, raw: bytes, rest: bytes) -> bytes:
         """Serve one request.  Returns what was read behind it, for the next one."""
         if answer := server_answer(head):
             return self._reply(head, answer, rest)
         answer = mux_answer(head)
         if answer is None and self._is_upgrade(head):
-            if self._reception.hub.draining:  # it came before the port was closed, and would only have to go again
-                self._transport.abort()
-                return b""
             if not wants_websocket(head):
-                self._derp(head, rest)
+                upgrade = _Upgrade.of(head)
+                self._reception.remember(raw, upgrade)
+                self._derp(upgrade, rest)
+                return b""
+            if self._turn_away():
                 return b""
             answer = handshake(head)
             if answer.status == HTTPStatus.SWITCHING_PROTOCOLS:
@@ -200,11 +237,18 @@ class Doorman(asyncio.Protocol):
 
     # -- to DERP ------------------------------------------------------------------------------------------
 
-    def _derp(self, head: Head, early: bytes) -> None:
-        hub = self._reception.hub
+    def _turn_away(self) -> bool:
+        """Whether it came before the port was closed, and would only have to go again."""
+        if self._reception.hub.draining:
+            self._transport.abort()
+        return self._reception.hub.draining
+
+    def _derp(self, upgrade: _Upgrade, early: bytes) -> None:
+        if self._turn_away():
+            return
         self._leave_http()
-        greeting = b"" if head.first("derp-fast-start") == "1" else _switching(hub)
-        self._link(head).take_over(self._transport, greeting, early)
+        greeting = b"" if upgrade.fast_start else _switching(self._reception.hub)
+        self._link(upgrade).take_over(self._transport, greeting, early)
 
     def _websocket(self, head: Head, answer: Answer, early: bytes) -> None:
         hub = self._reception.hub
@@ -216,13 +260,13 @@ class Doorman(asyncio.Protocol):
             socket.end(CloseCode.POLICY_VIOLATION, "client must speak the derp subprotocol")
             return
         hub.counters.websocket_accepts += 1
-        self._link(head).take_over(socket, b"", b"")
+        self._link(_Upgrade.of(head)).take_over(socket, b"", b"")
         if early:
             socket.data_received(early)
 
-    def _link(self, head: Head) -> Link:
-        remote = self._reception.proxies.client(self._client(), head.all("x-forwarded-for"))
-        return Link(self._reception.hub, remote, not_ideal=bool(head.first("ideal-node")))
+    def _link(self, upgrade: _Upgrade) -> Link:
+        remote = self._reception.proxies.client(self._client(), upgrade.forwarded)
+        return Link(self._reception.hub, remote, not_ideal=upgrade.not_ideal)
 
     def _client(self) -> Remote:
         return self._remote or remote_of(self._transport)

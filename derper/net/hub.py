@@ -7,14 +7,16 @@ import logging
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from ..relay.counters import Counters
 from ..relay.limits import Limits
 from ..relay.router import Router
 from ..relay.session import Session
-from ..wire import frames
+from ..wire import frames, handshake
 from ..wire.frames import KEEP_ALIVE_SECONDS, MAX_CLIENT_INFO
+from ..wire.handshake import ClientInfo
 from ..wire.keys import MeshKeys, NodePrivate
 from .admission import Admission
 from .roundtrips import RoundTrips
@@ -30,6 +32,8 @@ log = logging.getLogger("derper")
 _KEEP_ALIVE_JITTER: Final = 5  # seconds
 _TICK: Final = 1.0
 _LOOK: Final = 0.1  # seconds between looks for stalled clients
+_INFOS: Final = 64  # client infos to remember
+_INFO_BYTES: Final = 256  # of the longest such
 _READ_BUFFER: Final = 2 * MAX_CLIENT_INFO  # the longest frame that must be held whole, and as much again to read into
 
 
@@ -93,6 +97,7 @@ class Hub:
         self.read_view = memoryview(self.read_buffer)
         #: told the server key and the address of every mesh peer that logs in
         self.mesh_peer_seen: Callable[[bytes, str], None] | None = None
+        self._known_info = lru_cache(_INFOS)(handshake.read_client_info)
         self._rng = rng
         self._wheel = _Wheel()
         self._timer: asyncio.TimerHandle | None = None
@@ -131,11 +136,15 @@ class Hub:
         for link in tuple(self.links):  # one that goes on reading may bring anything
             link.set_bucket(limits.client_bucket(now))
 
+    def read_client_info(self, message: bytes) -> ClientInfo:
+        """As `handshake.read_client_info`; most clients say the same, so they share what was read before."""
+        return self._known_info(message) if len(message) <= _INFO_BYTES else handshake.read_client_info(message)
+
     def join(self, session: Session) -> None:
         """A client has logged in."""
         session.set_bucket(self.limits.client_bucket(session.connected_at))
         self.router.register(session)
-        self._wheel.add(session, self._rng.randint(0, _KEEP_ALIVE_JITTER))
+        self._wheel.add(session, int(self._rng.random() * (_KEEP_ALIVE_JITTER + 1)))
         if session.can_mesh and self.mesh_peer_seen is not None:
             self.mesh_peer_seen(session.key, str(session.remote.ip))
 

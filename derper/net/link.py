@@ -251,7 +251,7 @@ class Link(asyncio.BufferedProtocol):
         if end < body_end:
             return 0
         payload = bytes(self._hub.read_view[HEADER_LEN:body_end])
-        key, info = handshake.open_client_info(self._hub.private_key, payload)
+        key, info = handshake.open_client_info(self._hub.private_key, payload, self._hub.read_client_info)
         return self._admit(key, info, body_end, end)
 
     def _admit(self, key: NodePublic, info: ClientInfo, used: int, end: int) -> int:

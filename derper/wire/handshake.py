@@ -27,6 +27,7 @@ __all__ = [
     "open_client_info",
     "open_server_info",
     "parse_server_key",
+    "read_client_info",
     "server_info_frame",
     "server_key_frame",
 ]
@@ -86,25 +87,30 @@ def _json(body: dict[str, Any]) -> bytes:
     return json.dumps(body, separators=(",", ":")).encode()
 
 
-def open_client_info(private: NodePrivate, payload: bytes) -> tuple[NodePublic, ClientInfo]:
+def read_client_info(message: bytes) -> ClientInfo:
+    """Read the JSON as Go reads it; the version may be any, as for stock derper.  Raises `ProtocolError`."""
+    return ClientInfo(**{"version": 0, **_fields(message, "client info", _CLIENT_INFO)})
+
+
+def open_client_info(
+    private: NodePrivate, payload: bytes, read: Callable[[bytes], ClientInfo] = read_client_info
+) -> tuple[NodePublic, ClientInfo]:
     """Who the client is.  That the box opens proves that it holds the key it names.
 
-    Raises `ProtocolError`.  The JSON is read as Go reads it; the version may be any, as for stock derper.
+    Raises `ProtocolError`.  `read` reads what was in the box; it may remember, since most clients say the same.
     """
     if len(payload) < MIN_CLIENT_INFO:
         raise ProtocolError("short client info")
     key = NodePublic(payload[:KEY_LEN])
-    found = _fields(private.open_from(key, payload[KEY_LEN:]), "client info", _CLIENT_INFO)
-    return key, ClientInfo(**{"version": 0, **found})
+    return key, read(private.open_from(key, payload[KEY_LEN:]))
 
 
 def server_info_frame(private: NodePrivate, client: bytes, info: ServerInfo) -> bytes:
     """SERVER_INFO."""
-    body = {"version": info.version}
+    body = f'{{"version":{info.version}'
     if info.bytes_per_second:
-        body["TokenBucketBytesPerSecond"] = info.bytes_per_second
-        body["TokenBucketBytesBurst"] = info.bytes_burst
-    return frames.frame(FrameType.SERVER_INFO, private.seal_to(client, _json(body)))
+        body += f',"TokenBucketBytesPerSecond":{info.bytes_per_second},"TokenBucketBytesBurst":{info.bytes_burst}'
+    return frames.frame(FrameType.SERVER_INFO, private.seal_to(client, f"{body}}}".encode()))
 
 
 def open_server_info(private: NodePrivate, server: bytes, payload: bytes) -> ServerInfo:

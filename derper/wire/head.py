@@ -127,6 +127,11 @@ class HeadReader:
         return None
 
     @property
+    def raw(self) -> bytes:
+        """The whole head as it was sent."""
+        return bytes(self._buffer[: self._start])
+
+    @property
     def rest(self) -> bytes:
         """What came behind the head."""
         return bytes(self._buffer[self._start :])

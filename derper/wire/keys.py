@@ -12,8 +12,10 @@ import json
 from dataclasses import dataclass
 from typing import Final
 
+from nacl.bindings import crypto_box_afternm, crypto_box_beforenm, crypto_box_open_afternm
 from nacl.exceptions import CryptoError
-from nacl.public import Box, PrivateKey, PublicKey
+from nacl.public import PrivateKey
+from nacl.utils import random
 
 from . import gojson
 from .errors import ProtocolError
@@ -73,12 +75,13 @@ class NodePublic(bytes):
 class NodePrivate:
     """A private key; seals messages to, and opens messages from, a public key (NaCl box)."""
 
-    __slots__ = ("_key", "public")
+    __slots__ = ("_key", "_peer", "_shared", "public")
 
     def __init__(self, raw: bytes) -> None:
         if len(raw) != KEY_LEN:
             raise KeyFormatError(f"a private key is {KEY_LEN} bytes, not {len(raw)}")
         self._key = PrivateKey(raw)
+        self._peer = self._shared = b""  # the last peer, and the key shared with it
         self.public = NodePublic(bytes(self._key.public_key))
 
     PREFIX: Final = "privkey:"
@@ -132,18 +135,26 @@ class NodePrivate:
     def seal_to(self, peer: bytes, message: bytes) -> bytes:
         """24-byte random nonce + box (types/key SealTo).  Raises `ProtocolError` if `peer` is no usable key."""
         try:
-            return bytes(Box(self._key, PublicKey(bytes(peer))).encrypt(message))
-        except CryptoError:  # a point of low order, such as all zeros
+            shared = self._shared_with(peer)
+        except (CryptoError, ValueError):  # a point of low order, such as all zeros
             raise ProtocolError("cannot seal a message: the peer's public key is weak") from None
+        nonce = random(NONCE_LEN)
+        return nonce + crypto_box_afternm(message, nonce, shared)
 
     def open_from(self, peer: bytes, sealed: bytes) -> bytes:
         """The message inside ``nonce + box``.  Raises `ProtocolError` if it was not sealed by `peer` for this key."""
         if len(sealed) < _BOX_OVERHEAD:
             raise ProtocolError(f"sealed message of {len(sealed)} bytes is shorter than its nonce and tag")
         try:
-            return bytes(Box(self._key, PublicKey(bytes(peer))).decrypt(sealed))
+            return crypto_box_open_afternm(sealed[NONCE_LEN:], sealed[:NONCE_LEN], self._shared_with(peer))
         except (CryptoError, ValueError):
             raise ProtocolError("cannot open a sealed message: it was not made for this key") from None
+
+    def _shared_with(self, peer: bytes) -> bytes:
+        """The last one is kept: a login opens one box and seals another, and this is most of the work of both."""
+        if peer != self._peer:
+            self._shared, self._peer = crypto_box_beforenm(bytes(peer), bytes(self._key)), bytes(peer)
+        return self._shared
 
 
 class MeshKey:

@@ -21,6 +21,7 @@ from .loopback import FAST, UPGRADE, LoopbackRelay, private, relay, until
 
 pytestmark = pytest.mark.both_loops
 ALICE = private(1)
+INFO = ClientInfo()
 
 
 def login(node: LoopbackRelay) -> bytes:
@@ -77,9 +78,10 @@ async def test_bytes_behind_an_ordinary_upgrade_are_kept(node: LoopbackRelay) ->
     ],
 )
 async def test_other_spellings_of_an_upgrade(node: LoopbackRelay, head: bytes) -> None:
-    client = await node.connect()
-    client.send(head)
-    assert (await client.head()).startswith(b"HTTP/1.1 101 ")
+    for _ in range(2):
+        client = await node.connect()
+        client.send(head)
+        assert (await client.head()).startswith(b"HTTP/1.1 101 ")
 
 
 async def test_nobody_comes_in_while_the_relay_drains(node: LoopbackRelay) -> None:
@@ -91,12 +93,59 @@ async def test_nobody_comes_in_while_the_relay_drains(node: LoopbackRelay) -> No
 
 
 async def test_the_ideal_node_is_noted(node: LoopbackRelay) -> None:
+    for key in (ALICE, private(2)):
+        client = await node.connect()
+        client.send(FAST[:-2] + b"Ideal-Node: 900a\r\n\r\n", handshake.client_info_frame(key, node.public_key, INFO))
+        await client.frame()
+        await client.frame()
+        assert node.session(key).not_ideal
+    assert node.hub.counters.current_notideal_connections == 2
+
+
+# -- heads that led to DERP before
+
+
+async def test_a_known_head_is_not_read_again(node: LoopbackRelay, monkeypatch: pytest.MonkeyPatch) -> None:
+    await node.log_in(ALICE)
+    monkeypatch.setattr(doorman, "HeadReader", None)
+    await node.log_in(private(2))
+    await node.log_in(private(3))
+
+
+async def test_a_known_head_is_known_on_any_connection_in_any_place(node: LoopbackRelay) -> None:
+    await node.log_in(ALICE)
     client = await node.connect()
-    client.send(FAST[:-2] + b"Ideal-Node: 900a\r\n\r\n", login(node))
-    await client.frame()
-    await client.frame()
-    assert node.session(ALICE).not_ideal
-    assert node.hub.counters.current_notideal_connections == 1
+    client.send(b"GET /generate_204 HTTP/1.1\r\nHost: x\r\n\r\n")
+    await client.head()
+    await client.login(private(2), node.public_key)
+    client = await node.connect()
+    client.send(FAST[:-1])
+    await until(lambda: node.listener.accepted == 3 and not node.listener.arrivals)
+    client.send(FAST[-1:], handshake.client_info_frame(private(3), node.public_key, INFO))
+    assert await client.frame() == (FrameType.SERVER_KEY, frames.MAGIC + node.public_key)
+
+
+async def test_a_known_head_opens_nothing_while_the_relay_drains(node: LoopbackRelay) -> None:
+    await (await node.log_in(ALICE)).close()
+    await until(lambda: not node.hub.links)
+    client = await node.connect()
+    node.hub.draining = True
+    client.send(FAST)
+    assert await client.rest() == b""
+    assert not node.hub.links
+
+
+async def test_few_and_short_heads_are_known(node: LoopbackRelay) -> None:
+    heads = [FAST[:-2] + b"X: %d\r\n\r\n" % number for number in range(100)]
+    heads.append(FAST[:-2] + b"X: " + b"x" * 1024 + b"\r\n\r\n")
+    heads.append(FAST[:-2] + b"X-Forwarded-For: 192.0.2.1\r\n\r\n")
+    for head in heads:
+        client = await node.connect()
+        client.send(head)
+        await client.frame()
+        await client.close()
+        assert len(node.reception.known) <= 64
+    assert set(node.reception.known) == set(heads[64:100])
 
 
 async def test_a_head_in_pieces(node: LoopbackRelay) -> None:

@@ -111,6 +111,12 @@ def test_client_info_round_trips(info: ClientInfo) -> None:
     assert handshake.open_client_info(SERVER, made[HEADER_LEN:]) == (CLIENT.public, info)
 
 
+def test_client_info_is_read_by_who_remembers() -> None:
+    known = ClientInfo(app_name="known")
+    payload = sealed_by_client(b'{"version":2}')
+    assert handshake.open_client_info(SERVER, payload, {b'{"version":2}': known}.__getitem__) == (CLIENT.public, known)
+
+
 def test_client_info_ignores_what_it_does_not_know() -> None:
     body = b'{"version": 3, "Future": [1, {"version": 4}], "appname": "lower case", "": null}'
     _, info = handshake.open_client_info(SERVER, sealed_by_client(body))

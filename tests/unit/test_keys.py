@@ -143,6 +143,14 @@ def test_a_box_opens_for_its_receiver_only() -> None:
             private.open_from(peer, sealed)
 
 
+def test_boxes_of_several_peers_in_turn() -> None:
+    """The key shared with the last peer is kept, and is no other peer's."""
+    server, *clients = (NodePrivate(bytes([n]) * 32) for n in (1, 2, 3))
+    for client in (*clients, *clients, clients[-1]):
+        assert server.open_from(client.public, client.seal_to(server.public, b"hello")) == b"hello"
+        assert client.open_from(server.public, server.seal_to(client.public, b"welcome")) == b"welcome"
+
+
 def test_boxes_have_random_nonces() -> None:
     alice = NodePrivate(b"\x01" * 32)
     assert alice.seal_to(alice.public, b"x")[:24] != alice.seal_to(alice.public, b"x")[:24]

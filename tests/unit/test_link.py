@@ -494,3 +494,11 @@ async def test_a_thousand_clients_leave_nothing(tls: bool) -> None:
         assert not node.hub.router._interested
         await until(lambda: descriptors() <= before)
         assert len(asyncio.all_tasks()) == tasks
+
+
+async def test_clients_that_say_the_same_share_it() -> None:
+    hub = Hub(private(0xF0), Admission(AdmissionPolicy(is_open=True)), rng=random.Random(1))
+    short, long = b'{"version":2}', b'{"AppName":"' + b"x" * 256 + b'"}'
+    assert hub.read_client_info(bytes(short)) is hub.read_client_info(short)
+    assert hub.read_client_info(long) == hub.read_client_info(long)
+    assert hub.read_client_info(long) is not hub.read_client_info(long)
