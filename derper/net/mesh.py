@@ -17,16 +17,14 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from struct import Struct
 from typing import Final
 
 from ..client import Client, DialError, Endpoint, Options, dial_endpoint
 from ..relay.counters import Counters, DropReason
-from ..relay.session import frames_of
+from ..relay.runs import forward_parts
 from ..wire import frames
 from ..wire.client import PeerGone, PeerPresent, Ping
-from ..wire.frames import HEADER_LEN, FrameType
-from ..wire.keys import KEY_LEN, NodePublic
+from ..wire.keys import NodePublic
 from .hub import Hub
 from .listener import SocketOptions
 
@@ -36,9 +34,7 @@ log = logging.getLogger("derper")
 
 _HIGH_WATER: Final = 1 << 20
 _QUEUE_PACKETS: Final = 1024
-_KEYED: Final = HEADER_LEN + KEY_LEN
-_FORWARD_HEAD: Final = Struct(">BI32s32s")
-_FORWARD_PACKET: Final = int(FrameType.FORWARD_PACKET)
+_AT_ONCE: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,63 +76,81 @@ class PeerStatus:
 
 
 class MeshLink:
-    """The way to a peer's clients.  While its socket is full, at most `_QUEUE_PACKETS` wait, the oldest goes first.
+    """The way to a peer's clients.
 
-    `stalled` is called when the socket stays full for `stall` seconds.  `close` it once, when the connection is gone.
+    What all clients send to the peer in one turn of the loop leaves together, at the turn's end.  While the socket is
+    full, at most `_QUEUE_PACKETS` wait, the oldest goes first.  `stalled` is called when the socket stays full for
+    `stall` seconds.  `close` it once, when the connection is gone.
     """
 
-    def __init__(self, client: Client, counters: Counters, *, stall: float, stalled: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        client: Client,
+        counters: Counters,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        stall: float,
+        stalled: Callable[[], None],
+    ) -> None:
         self._client = client
         self._counters = counters
-        self._queue: deque[bytes] = deque()
+        self._loop = loop
+        self._parts: deque[bytes] = deque()  # two for each packet: the head of its FORWARD_PACKET, and the packet
         self._stall = stall
         self._stalled = stalled
         self._timer: asyncio.TimerHandle | None = None
+        self._flush: asyncio.Handle | None = None
         client.set_high_water(_HIGH_WATER)
         client.on_writable(self._writable)
 
     def forward(self, src: bytes, dst: bytes, chunk: bytes, now: float) -> None:
         """Send the packets of a run of RECV_PACKET frames from `src` to `dst`, who is at the peer."""
-        parts: list[bytes] = []
-        for frame in frames_of(chunk):
-            parts.append(_FORWARD_HEAD.pack(_FORWARD_PACKET, len(frame) - HEADER_LEN + KEY_LEN, src, dst))
-            parts.append(frame[_KEYED:])
-        if self._client.writable:
-            self._counters.packets_forwarded_out += len(parts) // 2
-            self._client.write(b"".join(parts))
-            return
-        for head, packet in zip(parts[::2], parts[1::2], strict=True):
-            self._enqueue(head + packet)
+        parts = self._parts
+        parts.extend(forward_parts(src, dst, chunk))
+        if not self._client.writable:
+            while len(parts) > 2 * _QUEUE_PACKETS:
+                self._drop_oldest(DropReason.QUEUE_HEAD)
+        elif len(parts) >= 2 * _AT_ONCE:
+            self._send()
+        elif self._flush is None:
+            self._flush = self._loop.call_soon(self._turn_ended)
 
     @property
     def queued(self) -> int:
         """Packets that wait."""
-        return len(self._queue)
+        return len(self._parts) // 2
 
     def close(self) -> None:
         """The connection is gone, and with it what waited."""
         self._stop_timer()
-        while self._queue:
+        if self._flush is not None:
+            self._flush.cancel()
+        while self._parts:
             self._drop_oldest(DropReason.GONE_DISCONNECTED)
 
-    def _enqueue(self, frame: bytes) -> None:
-        if len(self._queue) >= _QUEUE_PACKETS:
-            self._drop_oldest(DropReason.QUEUE_HEAD)
-        self._queue.append(frame)
+    def _turn_ended(self) -> None:
+        self._flush = None
+        if self._client.writable:
+            self._send()
+
+    def _send(self) -> None:
+        waiting = b"".join(self._parts)
+        self._counters.packets_forwarded_out += self.queued
+        self._parts.clear()
+        if waiting:
+            self._client.write(waiting)
 
     def _drop_oldest(self, reason: DropReason) -> None:
-        packet = self._queue.popleft()[_KEYED + KEY_LEN :]
+        self._parts.popleft()
+        packet = self._parts.popleft()
         self._counters.drop(reason, frames.is_disco(packet), len(packet))
 
     def _writable(self, writable: bool) -> None:
         self._stop_timer()
         if not writable:
-            self._timer = asyncio.get_running_loop().call_later(self._stall, self._stalled)
-        elif self._queue:
-            waiting = b"".join(self._queue)
-            self._counters.packets_forwarded_out += len(self._queue)
-            self._queue.clear()
-            self._client.write(waiting)
+            self._timer = self._loop.call_later(self._stall, self._stalled)
+        else:
+            self._send()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -270,7 +284,7 @@ class _Dialer:
         A peer that accepts the mesh key names its clients at once, us among them; only then are we connected.
         """
         timings = self._timings
-        link = MeshLink(client, self._hub.counters, stall=timings.stall, stalled=client.abort)
+        link = MeshLink(client, self._hub.counters, self._hub.loop, stall=timings.stall, stalled=client.abort)
         self._last_key = client.server_key
         present: set[bytes] = set()
         try:

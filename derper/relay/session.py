@@ -30,18 +30,21 @@ from ..wire.keys import KEY_LEN, NodePublic
 from .counters import DropReason
 from .limits import QUEUE_DEPTH, TokenBucket
 from .router import Router
+from .runs import KEYED, frames_of, packets_of
 
 __all__ = ["Remote", "Session", "Sink"]
 
-_KEYED: Final = HEADER_LEN + KEY_LEN  # bytes before the packet in SEND_PACKET and RECV_PACKET
 _RECV: Final = Struct(">BI32s")
 _SEND: Final = Struct(f">BI32s{len(DISCO_MAGIC)}s")
 _SEND_LEN: Final = _SEND.size
+_FORWARD: Final = Struct(">BI32s32s")
+_FORWARD_LEN: Final = _FORWARD.size
 _SHORTEST: Final = _SEND_LEN - HEADER_LEN
 _LONGEST: Final = KEY_LEN + MAX_PACKET
-_DISCO_MIN: Final = _KEYED + len(DISCO_MAGIC) + KEY_LEN + 24
+_DISCO_MIN: Final = KEYED + len(DISCO_MAGIC) + KEY_LEN + 24
 _SEND_PACKET: Final = int(FrameType.SEND_PACKET)
 _RECV_PACKET: Final = int(FrameType.RECV_PACKET)
+_FORWARD_PACKET: Final = int(FrameType.FORWARD_PACKET)
 
 _CONTROL_BOUND: Final = 64 << 10  # bytes of control frames that may wait for a client that does not read
 _MESH_CONTROL_BOUND: Final = 16 << 20  # the same for a watcher, which is told of every client
@@ -168,15 +171,17 @@ class Session:
             kind, length = HEADER.unpack_from(buffer, pos)
             self._check_head(kind, length)
             body = pos + HEADER_LEN
-            if kind not in _HANDLERS:
+            if kind not in _LENGTHS:
                 self.counters.unknown_frames += 1
                 self._skip = length
                 pos = self._skipped(body, end)
-            elif body + length <= end:
+            elif body + length > end:
+                return pos
+            elif kind == _FORWARD_PACKET:
+                pos = self._forwarded(buffer, pos, end, now)
+            else:
                 _HANDLERS[kind](self, buffer, body, body + length, now)
                 pos = body + length
-            else:
-                return pos
             handled += 1
             if handled == _CHATTER:
                 self._read_less()
@@ -236,7 +241,7 @@ class Session:
             counters = self.counters
             counters.packets_received += total
             counters.packets_received_disco += disco
-            counters.bytes_received += pos - begin - total * _KEYED
+            counters.bytes_received += pos - begin - total * KEYED
         return pos
 
     def _dispatch(self, buffer: bytearray, start: int, end: int, dst: bytes, count: int, now: float) -> None:
@@ -272,20 +277,41 @@ class Session:
         self.counters.bytes_received += end - start - KEY_LEN
         self._dispatch(buffer, start - HEADER_LEN, end, dst, 1, now)
 
-    def _on_forward_packet(self, buffer: bytearray, start: int, end: int, now: float) -> None:
-        """A packet from another relay: for a client here, or for nobody."""
-        self.counters.packets_forwarded_in += 1
-        src = bytes(buffer[start : start + KEY_LEN])
-        dst = bytes(buffer[start + KEY_LEN : start + 2 * KEY_LEN])
+    def _forwarded(self, buffer: bytearray, pos: int, end: int, now: float) -> int:
+        """The hot loop of a mesh peer: hand the FORWARD_PACKET frames at `pos` to clients here, stop at anything else.
+
+        RECV_PACKET is one key shorter, so each frame's new head goes right in front of its packet.
+        """
+        unpack, rewrite, view = _FORWARD.unpack_from, _RECV.pack_into, memoryview(buffer)
+        run: list[memoryview] = []
+        run_src = run_dst = b""
+        total = 0
+        while end - pos >= _FORWARD_LEN:
+            kind, length, src, dst = unpack(buffer, pos)
+            after = pos + HEADER_LEN + length
+            if kind != _FORWARD_PACKET or after > end or not 2 * KEY_LEN <= length <= KEY_LEN + _LONGEST:
+                break
+            if dst != run_dst or src != run_src:
+                if run:
+                    self._arrived(run_src, run_dst, run, now)
+                run_src, run_dst, run = src, dst, []
+            rewrite(buffer, pos + KEY_LEN, _RECV_PACKET, length - KEY_LEN, src)
+            run.append(view[pos + KEY_LEN : after])
+            total += 1
+            pos = after
+        if run:
+            self._arrived(run_src, run_dst, run, now)
+        self.counters.packets_forwarded_in += total
+        return pos
+
+    def _arrived(self, src: bytes, dst: bytes, run: list[memoryview], now: float) -> None:
+        """RECV_PACKET frames from another relay: for a client here, or for nobody."""
         target = self.router.active.get(dst)
-        if target is None:
-            packet = bytes(buffer[start + 2 * KEY_LEN : end])
-            self._unknown_destination(dst, packet, DropReason.UNKNOWN_DEST_ON_FWD, now)
+        if target is not None:
+            target.deliver(src, b"".join(run), len(run), now)
             return
-        # RECV_PACKET is one key shorter: its head goes right in front of the packet.
-        head = start + KEY_LEN - HEADER_LEN
-        _RECV.pack_into(buffer, head, _RECV_PACKET, end - start - KEY_LEN, src)
-        target.deliver(src, bytes(memoryview(buffer)[head:end]), 1, now)
+        for frame in run:
+            self._unknown_destination(dst, bytes(frame[KEYED:]), DropReason.UNKNOWN_DEST_ON_FWD, now)
 
     def _on_note_preferred(self, buffer: bytearray, start: int, end: int, now: float) -> None:
         preferred = buffer[start] != 0
@@ -325,7 +351,7 @@ class Session:
             self.write(chunk)
             counters = self.counters
             counters.packets_sent += count
-            counters.bytes_sent += len(chunk) - count * _KEYED
+            counters.bytes_sent += len(chunk) - count * KEYED
             if count > 1:
                 counters.runs.observe(count)
         else:
@@ -366,11 +392,11 @@ class Session:
 
     def _enqueue(self, chunk: bytes, now: float) -> None:
         for frame in frames_of(chunk):
-            disco = frames.is_disco(frame[_KEYED:])
+            disco = frames.is_disco(frame[KEYED:])
             queue = self._queue_for(disco)
             if len(queue) >= QUEUE_DEPTH:
                 since, oldest = queue.popleft()
-                self.counters.drop(DropReason.QUEUE_HEAD, disco, len(oldest) - _KEYED)
+                self.counters.drop(DropReason.QUEUE_HEAD, disco, len(oldest) - KEYED)
                 self.counters.queued(now - since, sent=False)
             queue.append((now, frame))
 
@@ -413,12 +439,12 @@ class Session:
         for queue in (self._disco_queue, self._queue):
             while queue:
                 since, frame = queue.popleft()
-                source = frame[HEADER_LEN:_KEYED]
+                source = frame[HEADER_LEN:KEYED]
                 if source not in self.sources:
                     self.router.note_source(self, source)
                 self.counters.queued(now - since, sent=True)
                 self.counters.packets_sent += 1
-                self.counters.bytes_sent += len(frame) - _KEYED
+                self.counters.bytes_sent += len(frame) - KEYED
                 waiting.append(frame)
         if waiting:
             if len(waiting) > 1:
@@ -430,14 +456,13 @@ class Session:
         self.closed = True
         for queue, disco in ((self._disco_queue, True), (self._queue, False)):
             for _, frame in queue or ():
-                self.counters.drop(DropReason.GONE_DISCONNECTED, disco, len(frame) - _KEYED)
+                self.counters.drop(DropReason.GONE_DISCONNECTED, disco, len(frame) - KEYED)
         self._queue = self._disco_queue = None
         self._control.clear()
 
 
 _HANDLERS: Final = {
     int(FrameType.SEND_PACKET): Session._on_send_packet,
-    int(FrameType.FORWARD_PACKET): Session._on_forward_packet,
     int(FrameType.NOTE_PREFERRED): Session._on_note_preferred,
     int(FrameType.WATCH_CONNS): Session._on_watch_conns,
     int(FrameType.CLOSE_PEER): Session._on_close_peer,
@@ -447,7 +472,7 @@ _HANDLERS: Final = {
 # Shortest and longest payload of each frame that a client may send.
 _LENGTHS: Final = {
     int(FrameType.SEND_PACKET): (KEY_LEN, _LONGEST),
-    int(FrameType.FORWARD_PACKET): (2 * KEY_LEN, KEY_LEN + _LONGEST),
+    _FORWARD_PACKET: (2 * KEY_LEN, KEY_LEN + _LONGEST),
     int(FrameType.NOTE_PREFERRED): (1, 1),
     int(FrameType.WATCH_CONNS): (0, 0),
     int(FrameType.CLOSE_PEER): (KEY_LEN, KEY_LEN),
@@ -455,19 +480,4 @@ _LENGTHS: Final = {
 }
 _ANY_LENGTH: Final = (0, 0xFFFFFFFF)
 
-_MESH_ONLY: Final = {int(FrameType.FORWARD_PACKET), int(FrameType.WATCH_CONNS), int(FrameType.CLOSE_PEER)}
-
-
-def frames_of(chunk: bytes) -> list[bytes]:
-    """The single frames of a run."""
-    found, pos = [], 0
-    while pos < len(chunk):
-        end = pos + HEADER_LEN + HEADER.unpack_from(chunk, pos)[1]
-        found.append(chunk[pos:end])
-        pos = end
-    return found
-
-
-def packets_of(chunk: bytes) -> list[bytes]:
-    """The packets of a run of RECV_PACKET frames, without their heads."""
-    return [frame[_KEYED:] for frame in frames_of(chunk)]
+_MESH_ONLY: Final = {_FORWARD_PACKET, int(FrameType.WATCH_CONNS), int(FrameType.CLOSE_PEER)}

@@ -6,7 +6,8 @@ from ipaddress import ip_address
 
 from derper.relay.counters import Counters
 from derper.relay.router import Router
-from derper.relay.session import Remote, Session, frames_of
+from derper.relay.runs import frames_of
+from derper.relay.session import Remote, Session
 from derper.wire.client import Event, parse_event
 from derper.wire.frames import HEADER, HEADER_LEN
 from derper.wire.handshake import ClientInfo

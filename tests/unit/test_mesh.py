@@ -384,6 +384,7 @@ class FullLink:
         self.link = MeshLink(
             self.client,  # type: ignore[arg-type]
             self.counters,
+            asyncio.get_running_loop(),
             stall=stall,
             stalled=self.stalled.set,
         )
@@ -404,6 +405,7 @@ async def test_a_full_link_keeps_the_newest_packets(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(mesh_module, "_QUEUE_PACKETS", 3)
     full = FullLink()
     full.forward(*PACKETS)
+    await asyncio.sleep(0)
     assert full.client.written == [b"".join(FORWARDED)]
     full.client.written.clear()
     full.client.fill(True)
@@ -419,6 +421,45 @@ async def test_a_full_link_keeps_the_newest_packets(monkeypatch: pytest.MonkeyPa
     assert len(full.client.written) == 1
     full.link.close()
     assert sum(full.counters.packets_dropped.values()) == 3
+
+
+async def test_the_packets_of_one_turn_leave_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not so many that they fill the memory, and none twice."""
+    monkeypatch.setattr(mesh_module, "_AT_ONCE", 12)
+    full = FullLink()
+    full.forward(*PACKETS[:2])
+    full.forward(*PACKETS[2:])
+    assert full.client.written == []
+    assert full.link.queued == 6
+    await asyncio.sleep(0)
+    assert full.client.written == [b"".join(FORWARDED)]
+    full.forward(*PACKETS)
+    full.forward(*PACKETS)
+    assert full.client.written[1:] == [b"".join(FORWARDED + FORWARDED)]
+    full.forward(*PACKETS[:1])
+    await asyncio.sleep(0)
+    assert full.client.written[2:] == [FORWARDED[0]]
+    assert full.link.queued == 0
+    assert full.counters.packets_forwarded_out == 6 + 12 + 1
+
+
+async def test_packets_of_a_turn_in_which_the_link_fills_up_wait() -> None:
+    full = FullLink()
+    full.forward(*PACKETS)
+    full.client.fill(True)
+    await asyncio.sleep(0)
+    assert full.client.written == []
+    full.client.fill(False)
+    assert full.client.written == [b"".join(FORWARDED)]
+
+
+async def test_a_link_that_breaks_within_a_turn_writes_nothing_more() -> None:
+    full = FullLink()
+    full.forward(*PACKETS)
+    full.link.close()
+    await asyncio.sleep(0)
+    assert full.client.written == []
+    assert full.dropped(DropReason.GONE_DISCONNECTED) == (6, 0 + 1 + 2 + 3 + 4 + 5)
 
 
 async def test_what_waits_for_a_link_that_breaks_is_counted() -> None:

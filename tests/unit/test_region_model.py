@@ -6,8 +6,10 @@ in any order, bytes are under way for any time, and links break with what is on 
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from itertools import permutations
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from derper.client import Client
-from derper.net.mesh import _QUEUE_PACKETS, MeshLink, _Dialer
+from derper.net.mesh import _AT_ONCE, _QUEUE_PACKETS, MeshLink, _Dialer
 from derper.relay.limits import QUEUE_DEPTH
 from derper.wire import frames
 from derper.wire.client import ReceivedPacket
@@ -28,6 +30,22 @@ from .core import Bench, BenchClient, events_of, key
 NODES = range(3)
 KEYS = range(1, 5)  # few, so that they meet
 BY_MESH = 0xF0  # added to a node's number: its key
+
+
+class Turns:
+    """What a node's event loop does at the end of its turn."""
+
+    def __init__(self) -> None:
+        self._due: list[Callable[[], None]] = []
+
+    def call_soon(self, callback: Callable[[], None]) -> SimpleNamespace:
+        self._due.append(callback)
+        return SimpleNamespace(cancel=lambda: self._due.remove(callback))
+
+    def end(self) -> None:
+        due, self._due = self._due, []
+        for callback in due:
+            callback()
 
 
 class Dialed:
@@ -59,7 +77,9 @@ class Way:
     def __init__(self, dialer: Bench, listener: Bench) -> None:
         self.dialer, self.listener = dialer, listener
         self.near = Dialed(listener.router.public_key)
-        self.link = MeshLink(cast(Client, self.near), dialer.counters, stall=30.0, stalled=self.fail)
+        self.turns = Turns()
+        loop = cast(asyncio.AbstractEventLoop, self.turns)
+        self.link = MeshLink(cast(Client, self.near), dialer.counters, loop, stall=30.0, stalled=self.fail)
         self.present: set[bytes] = set()
         self.far = listener.client(dialer.router.public_key[0], mesh=True)
         self.far.feed(frames.watch_conns())
@@ -211,6 +231,11 @@ class RegionMachine(RuleBasedStateMachine):
             (self.ways[way].carry_there if there else self.ways[way].carry_back)(most)
 
     @rule(way=st.sampled_from(list(permutations(NODES, 2))))
+    def end_turn(self, way: tuple[int, int]) -> None:
+        if way in self.ways:
+            self.ways[way].turns.end()
+
+    @rule(way=st.sampled_from(list(permutations(NODES, 2))))
     def block_or_unblock(self, way: tuple[int, int]) -> None:
         if way in self.ways:
             near = self.ways[way].near
@@ -241,6 +266,8 @@ class RegionMachine(RuleBasedStateMachine):
         self.lost += way.forwards_under_way()
 
     def carry_everything(self) -> None:
+        for way in self.ways.values():
+            way.turns.end()
         while any(way.near.under_way or way.far.writes for way in self.ways.values()):
             for way in self.ways.values():
                 way.carry_back(1000)
@@ -284,7 +311,7 @@ class RegionMachine(RuleBasedStateMachine):
             for session in node.router.sessions():
                 assert session.queued <= (0 if session.paused_since is None else QUEUE_DEPTH)
         for way in self.ways.values():
-            assert way.link.queued <= (0 if way.near.writable else _QUEUE_PACKETS)
+            assert way.link.queued <= (_AT_ONCE if way.near.writable else _QUEUE_PACKETS)
 
     @invariant()
     def tables_hold_only_what_is_there(self) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
 from derper.relay.limits import QUEUE_DEPTH
-from derper.relay.session import packets_of
+from derper.relay.runs import packets_of
 from derper.wire import frames
 from derper.wire.client import PeerGone, PeerPresent, ReceivedPacket
 from derper.wire.frames import PeerGoneReason

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from derper.relay.counters import DropReason
 from derper.relay.limits import QUEUE_DEPTH, TokenBucket
-from derper.relay.session import Remote, frames_of, packets_of
+from derper.relay.runs import frames_of, packets_of
+from derper.relay.session import Remote
 from derper.wire import frames
 from derper.wire.client import KeepAlive, PeerGone, PeerPresent, Pong, ReceivedPacket
 from derper.wire.errors import ProtocolError
@@ -246,6 +247,24 @@ def test_forwarded_packets_reach_a_client(bench: Bench) -> None:
         bob.writes.clear()
     assert bench.counters.packets_forwarded_in == bench.counters.packets_sent == 3
     assert bench.counters.packets_received == 0
+
+
+def test_forwarded_packets_of_a_pair_arrive_in_one_write(bench: Bench) -> None:
+    peer, bob, carol = bench.client(9, mesh=True), bench.client(2), bench.client(3)
+    sent = [(A, B, b"1" * 40), (A, B, b""), (A, C, b"3" * 1300), (key(7), C, b"4"), (A, B, b"5"), (A, key(8), b"6")]
+    peer.feed(b"".join(frames.forward_packet(*packet) for packet in sent) + frames.ping(b"12345678"))
+    assert bob.writes == [
+        frames.recv_packet(A, b"1" * 40) + frames.recv_packet(A, b""),
+        frames.recv_packet(A, b"5"),
+    ]
+    assert carol.writes == [frames.recv_packet(A, b"3" * 1300), frames.recv_packet(key(7), b"4")]
+    assert peer.received() == [Pong(b"12345678")]
+    counters = bench.counters
+    assert (counters.packets_forwarded_in, counters.packets_sent, counters.bytes_sent) == (6, 5, 1342)
+    assert counters.runs.sum == 2
+    assert bench.dropped() == {"unknown_dest_on_fwd": 1}
+    assert bob.session.sources == {A}
+    assert carol.session.sources == {A, key(7)}
 
 
 def test_forwarded_packets_are_never_forwarded_again(bench: Bench) -> None:

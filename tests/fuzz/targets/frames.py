@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from derper.relay.limits import QUEUE_DEPTH
-from derper.relay.session import frames_of
+from derper.relay.runs import frames_of
 from derper.wire import frames
 from derper.wire.errors import ProtocolError
 from derper.wire.frames import DISCO_MAGIC, HEADER, HEADER_LEN, MAX_PACKET, FrameType
