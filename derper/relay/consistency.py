@@ -32,21 +32,39 @@ def _gauges(router: Router, sessions: list[Session]) -> Iterator[str]:
 
 def _clients(router: Router) -> Iterator[str]:
     strangers = closed = lone = 0
-    for key, active in router.active.items():
+    node = router.node
+    for key, active in (*router.active.items(), *node.shadowed.items()):
         sessions = router.sessions_of(key)
         strangers += active not in sessions or any(session.key != key for session in sessions)
         closed += any(session.closed for session in sessions)
-        lone += any(session.is_duplicate != (len(sessions) > 1) for session in sessions)
+        shared = len(sessions) > 1 or key in node.shared
+        lone += any(session.is_duplicate != shared for session in sessions)
     if strangers:
         yield f"{strangers} keys lead to a session of another"
     if closed:
         yield f"{closed} keys lead to a session that is closed"
     if lone:
         yield f"{lone} keys are marked as duplicates and are none, or the reverse"
-    if router.duplicate_keys != sum(len(router.sessions_of(key)) > 1 for key in router.active):
+    twice = sum(len(router.sessions_of(key)) > 1 or key in node.shared for key in router.active)
+    if router.duplicate_keys != twice:
         yield f"the table of duplicates has {router.duplicate_keys} keys, some of them not connected twice"
+    yield from _siblings(router)
     if hollow := sum(not leads for leads in router.forwarders.values()):
         yield f"{hollow} keys are known in the mesh without a peer that leads to them"
+
+
+def _siblings(router: Router) -> Iterator[str]:
+    """A key is active here or at one other worker, which has it; what is shared is known on both sides."""
+    node = router.node
+    if both := len(router.active.keys() & router.elsewhere.keys()):
+        yield f"{both} keys are active here and at another worker"
+    if hollow := len(node.shadowed.keys() - router.elsewhere.keys()):
+        yield f"{hollow} keys have a session here that gives way to none"
+    known = {key for sibling in node.siblings for key in sibling.clients}
+    if lost := len(known ^ (router.elsewhere.keys() | (known & router.active.keys()))):
+        yield f"{lost} keys of other workers are in one table only"
+    if alone := len(node.shared ^ {key for key in known if router.here(key) is not None}):
+        yield f"{alone} keys are marked as shared with another worker and are not, or the reverse"
 
 
 def _watchers(router: Router, sessions: set[Session]) -> Iterator[str]:

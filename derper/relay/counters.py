@@ -72,6 +72,8 @@ class Counters:
     bytes_sent: int = 0
     packets_forwarded_in: int = 0
     packets_forwarded_out: int = 0
+    crossed_in: int = 0  #: packets from other workers of this node
+    crossed_out: int = 0  #: packets to them
     unknown_frames: int = 0
     protocol_errors: int = 0
     got_ping: int = 0

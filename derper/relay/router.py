@@ -1,15 +1,16 @@
 """Who is connected here, who is reachable through which mesh peer, and who must be told (derpserver.go).
 
-The table holds three kinds of facts:
+The table holds these kinds of facts:
 
 * **local clients**: for each key its active session.  A key may be connected more than once (a client
   that changed networks, or a cloned key); then the session that spoke last is the active one.
+* **clients of other workers** of this node, see `siblings`.
 * **forwarders**: for each key of a client on another relay of the region, the mesh peer that leads to
   it.  The first one registered is used; others take over when it goes.
 * **interest**: the watchers (mesh peers) that hear of every arrival and departure, and for each key the
   sessions that received packets from it, which are told when it leaves the region.
 
-A local client always wins over a forwarder, and a forwarded packet is never forwarded again.
+A client of this node always wins over a forwarder, and a forwarded packet is never forwarded again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 from ..wire import frames
 from ..wire.frames import PeerGoneReason
 from .counters import Counters
+from .siblings import Node
 
 if TYPE_CHECKING:
     from .session import Session
@@ -68,9 +70,9 @@ class _Duplicates:
 
 
 class Router:
-    """The routing table of one relay.  `public_key` is the relay's own."""
+    """The routing table of one relay, or of its worker with this number.  `public_key` is the relay's own."""
 
-    def __init__(self, public_key: bytes, counters: Counters) -> None:
+    def __init__(self, public_key: bytes, counters: Counters, number: int = 0) -> None:
         self.public_key = public_key
         self.counters = counters
         #: key -> active session.  The hot path reads it directly.
@@ -78,6 +80,8 @@ class Router:
         #: key -> mesh peers that lead to it, the preferred one first.  The hot path reads it directly.
         self.forwarders: dict[bytes, tuple[Forwarder, ...]] = {}
         self.watchers: set[Session] = set()
+        self.node = Node(self, number)
+        self.elsewhere = self.node.elsewhere
         self._duplicates: dict[bytes, _Duplicates] = {}
         self._interested: dict[bytes, set[Session]] = {}
 
@@ -86,14 +90,15 @@ class Router:
     def register(self, session: Session) -> None:
         """`session` has logged in and may receive packets."""
         key = session.key
-        previous = self.active.get(key)
+        previous = self.here(key)
         if previous is not None:
             self._register_duplicate(previous, session)
         self.active[key] = session
+        self.node.arrived(session)
         self.counters.current_connections += 1
         if session.not_ideal:
             self.counters.current_notideal_connections += 1
-        self._broadcast(session.present_frame())
+        self.broadcast(session.present_frame())
 
     def unregister(self, session: Session) -> None:
         """`session` is closed: forget it, and tell those who care if it was the last one with its key."""
@@ -106,45 +111,70 @@ class Router:
         if duplicates is not None:
             self._unregister_duplicate(duplicates, session)
         else:
-            del self.active[key]
-            if key not in self.forwarders:
-                self._gone_from_region(key)
-            self._broadcast(frames.peer_gone(key, PeerGoneReason.DISCONNECTED))
-            self.counters.peer_gone_disconnected_frames += len(self.watchers)
+            self.active.pop(key, None)
+            if not self.node.left(key):
+                self.left_node(key)
         self.counters.current_connections -= 1
         if session.preferred:
             self.counters.current_home_connections -= 1
         if session.not_ideal:
             self.counters.current_notideal_connections -= 1
 
+    def left_node(self, key: bytes) -> None:
+        """No worker of this node has a session with this key any more: tell those who care."""
+        if key not in self.forwarders:
+            self._gone_from_region(key)
+        self.broadcast(frames.peer_gone(key, PeerGoneReason.DISCONNECTED))
+        self.counters.peer_gone_disconnected_frames += len(self.watchers)
+
     def note_activity(self, session: Session) -> None:
         """A session that shares its key spoke: it becomes the active one (lastWriterIsActive)."""
         duplicates = self._duplicates.get(session.key)
         if duplicates is not None:
             duplicates.note(session)
+        if session.key in self.node.shadowed:
+            self.node.spoke(session)
+        elif duplicates is not None:
             self.active[session.key] = session
 
+    def here(self, key: bytes) -> Session | None:
+        """The session with this key that packets go to, as far as this worker has any."""
+        return self.active.get(key) or self.node.shadowed.get(key)
+
     def sessions_of(self, key: bytes) -> tuple[Session, ...]:
-        """All sessions with this key."""
+        """All sessions with this key, here."""
         duplicates = self._duplicates.get(key)
         if duplicates is not None:
             return tuple(duplicates.sessions)
-        session = self.active.get(key)
+        session = self.here(key)
         return () if session is None else (session,)
 
     def sessions(self) -> list[Session]:
-        """All sessions of all clients."""
-        return [session for key in self.active for session in self.sessions_of(key)]
+        """All sessions of all clients, here."""
+        return [session for key in (*self.active, *self.node.shadowed) for session in self.sessions_of(key)]
+
+    def close_peer(self, key: bytes) -> None:
+        """Close all connections with this key."""
+        self.end_sessions(key)
+        self.node.close_peer(key)
+
+    def end_sessions(self, key: bytes) -> None:
+        """The same, here."""
+        for session in self.sessions_of(key):
+            session.sink.end()
 
     @property
     def duplicate_keys(self) -> int:
-        """How many keys are connected more than once."""
-        return len(self._duplicates)
+        """How many keys are connected more than once.  Of several workers the one with the active session counts it."""
+        return sum(key in self.active for key in self._shared())
 
     @property
     def duplicate_connections(self) -> int:
         """How many sessions share their key with another."""
-        return sum(len(duplicates.sessions) for duplicates in self._duplicates.values())
+        return sum(len(self.sessions_of(key)) for key in self._shared())
+
+    def _shared(self) -> set[bytes]:
+        return self._duplicates.keys() | self.node.shared
 
     def _register_duplicate(self, previous: Session, session: Session) -> None:
         duplicates = self._duplicates.get(session.key)
@@ -157,20 +187,24 @@ class Router:
         self.counters.total_dup_client_conns += 1
 
     def _unregister_duplicate(self, duplicates: _Duplicates, session: Session) -> None:
+        key = session.key
         duplicates.remove(session)
-        self.active[session.key] = duplicates.active
+        table = self.node.shadowed if key in self.node.shadowed else self.active
+        table[key] = duplicates.active
         if len(duplicates.sessions) == 1:
-            del self._duplicates[session.key]
-            duplicates.active.is_duplicate = False
+            del self._duplicates[key]
+            duplicates.active.is_duplicate = key in self.node.shared
 
     # -- the mesh ------------------------------------------------------------------------------------
 
     def watch(self, session: Session) -> None:
-        """A mesh peer wants to know every client: tell it of those here, and of all changes to come."""
+        """A mesh peer wants to know every client: tell it of this node's, and of all changes to come."""
         if session.key == self.public_key:
             return  # the relay dialed itself
-        session.control(b"".join(client.present_frame() for client in self.active.values()))
-        self._count_update(len(self.active))
+        present = [client.present_frame() for client in self.active.values()]
+        present += [client.frame for client in self.elsewhere.values()]
+        session.control(b"".join(present))
+        self._count_update(len(present))
         self.watchers.add(session)
 
     def add_forwarder(self, key: bytes, forwarder: Forwarder) -> None:
@@ -188,7 +222,7 @@ class Router:
         rest = tuple(other for other in known if other is not forwarder)
         if len(rest) == len(known):
             # For stock derper a client that is here, and nowhere else, has one forwarder: none.
-            if len(known) == 1 or (not known and key in self.active):
+            if len(known) == 1 or (not known and self.has(key)):
                 self.counters.packet_forwarder_delete_other_value += 1
         elif rest:
             self.forwarders[key] = rest
@@ -196,13 +230,17 @@ class Router:
                 self.counters.multiforwarder_deleted += 1
         else:
             del self.forwarders[key]
-            if key not in self.active:
+            if not self.has(key):
                 self._gone_from_region(key)
 
     @property
     def clients_total(self) -> int:
         """How many client keys the region has, as far as this relay knows."""
-        return len(self.active.keys() | self.forwarders.keys())
+        return len(self.active.keys() | self.elsewhere.keys() | self.forwarders.keys())
+
+    def has(self, key: bytes) -> bool:
+        """Whether a client of this node has this key."""
+        return key in self.active or key in self.elsewhere
 
     # -- who is told ---------------------------------------------------------------------------------
 
@@ -226,7 +264,8 @@ class Router:
             session.sources.discard(key)
             session.peer_gone(key, PeerGoneReason.DISCONNECTED)
 
-    def _broadcast(self, frame: bytes) -> None:
+    def broadcast(self, frame: bytes) -> None:
+        """Tell all watchers."""
         for watcher in self.watchers:
             watcher.control(frame)
             self._count_update(1)

@@ -245,10 +245,10 @@ class Session:
         return pos
 
     def _dispatch(self, buffer: bytearray, start: int, end: int, dst: bytes, count: int, now: float) -> None:
-        """Send a run of turned-around frames to `dst`: to a client here, else through the mesh, else nowhere."""
+        """Send a run of turned-around frames to `dst`: to a client of the node, else through the mesh, or nowhere."""
         router = self.router
         chunk = bytes(memoryview(buffer)[start:end])
-        target = router.active.get(dst)
+        target = router.active.get(dst) or router.elsewhere.get(dst)
         if target is not None:
             target.deliver(self.key, chunk, count, now)
             return
@@ -305,8 +305,8 @@ class Session:
         return pos
 
     def _arrived(self, src: bytes, dst: bytes, run: list[memoryview], now: float) -> None:
-        """RECV_PACKET frames from another relay: for a client here, or for nobody."""
-        target = self.router.active.get(dst)
+        """RECV_PACKET frames from another relay: for a client of this node, or for nobody."""
+        target = self.router.active.get(dst) or self.router.elsewhere.get(dst)
         if target is not None:
             target.deliver(src, b"".join(run), len(run), now)
             return
@@ -330,8 +330,7 @@ class Session:
         self.router.watch(self)
 
     def _on_close_peer(self, buffer: bytearray, start: int, end: int, now: float) -> None:
-        for session in self.router.sessions_of(bytes(buffer[start:end])):
-            session.sink.end()
+        self.router.close_peer(bytes(buffer[start:end]))
 
     def _on_ping(self, buffer: bytearray, start: int, end: int, now: float) -> None:
         self.counters.got_ping += 1

@@ -92,11 +92,11 @@ class BenchLink:
 
 
 class Bench:
-    """A router and its clients.  `number` is the relay's own key."""
+    """A router and its clients.  `number` is the relay's own key, `worker` which of its workers this is."""
 
-    def __init__(self, number: int = 0xFF) -> None:
+    def __init__(self, number: int = 0xFF, worker: int = 0) -> None:
         self.counters = Counters()
-        self.router = Router(key(number), self.counters)
+        self.router = Router(key(number), self.counters, worker)
 
     def client(self, number: int, *, mesh: bool = False, not_ideal: bool = False, prober: bool = False) -> BenchClient:
         """A client with the key ``key(number)``, registered."""
