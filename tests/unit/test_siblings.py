@@ -327,6 +327,7 @@ def test_who_comes_last_wins_at_once(workers: Workers) -> None:
     assert sum(bench.router.duplicate_connections for bench in workers.benches) == 2
     assert sum(bench.counters.total_dup_client_conns for bench in workers.benches) == 1
     assert sum(len(bench.router.active) for bench in workers.benches) == 2
+    assert workers.faults() == []
 
 
 def test_who_spoke_last_is_the_active_one(workers: Workers) -> None:
@@ -390,6 +391,20 @@ def test_both_speak_at_the_same_time(workers: Workers) -> None:
     assert workers.faults() == []
 
 
+def test_what_was_under_way_to_a_session_that_gave_way_still_arrives() -> None:
+    workers = Workers(3)
+    old, new, sender = workers[0].client(1), workers[1].client(1), workers[2].client(2)
+    workers.settle()
+    sender.feed(frames.send_packet(key(1), b"hello"))
+    old.feed(frames.ping(b"12345678"))
+    while workers.ways[0, 1].pump():
+        pass
+    assert workers[1].router.here(key(1)) is new.session
+    assert not workers[1].router.active
+    workers.settle()
+    assert new.received() == [ReceivedPacket(sender.key, b"hello")]
+
+
 def test_a_mesh_peer_that_speaks_claims_nothing(workers: Workers) -> None:
     """Each of its links speaks all the time, and nobody writes to its key."""
     links = [workers[0].client(9, mesh=True), workers[1].client(9, mesh=True)]
@@ -445,6 +460,16 @@ def test_a_worker_starts_and_hears_of_all(workers: Workers) -> None:
     assert workers.faults() == []
 
 
+def test_both_had_the_key_before_they_met(workers: Workers) -> None:
+    workers.end(1)
+    workers[0].client(1)
+    workers[1].client(1)
+    workers.start(1)
+    workers.settle()
+    assert sum(key(1) in bench.router.active for bench in workers.benches) == 1
+    assert workers.faults() == []
+
+
 class Agreement(RuleBasedStateMachine):
     """Whatever happens and in whatever order it is heard of, in the end all workers know the same."""
 
@@ -455,7 +480,7 @@ class Agreement(RuleBasedStateMachine):
         self.workers = Workers(count)
         self.alive: list[tuple[int, BenchClient]] = []
 
-    @rule(target=clients, worker=st.integers(0, 2), number=st.integers(1, 3))
+    @rule(target=clients, worker=st.integers(0, 2), number=st.integers(1, 2))
     def connect(self, worker: int, number: int) -> tuple[int, BenchClient]:
         worker %= len(self.workers.benches)
         made = (worker, self.workers[worker].client(number))
@@ -510,4 +535,4 @@ class Agreement(RuleBasedStateMachine):
 
 
 TestAgreement = Agreement.TestCase
-TestAgreement.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestAgreement.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
