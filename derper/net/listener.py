@@ -1,4 +1,4 @@
-"""Accepting connections: a limit on new ones, socket options, the proxy's word, TLS, then the doorman.
+"""New connections: socket options, the proxy's word, TLS, then the doorman.
 
 ::
 
@@ -28,11 +28,12 @@ from ..wire import proxy as proxy_header
 from ..wire.clienthello import ClientHello, HelloError
 from ..wire.errors import ProtocolError
 from ..wire.proxy import ProxyHeader
+from .acceptor import Acceptor
 from .doorman import HEAD_SECONDS
 from .peek import Peek
 from .sockets import bind
 
-__all__ = ["Listener", "SocketOptions"]
+__all__ = ["Listener", "SocketOptions", "bind_tcp"]
 
 log = logging.getLogger("derper")
 
@@ -42,12 +43,9 @@ Factory = Callable[[Remote | None], asyncio.Protocol]
 """Makes a connection's first protocol; it is told which client a proxy spoke of, if one did."""
 
 _INHERITED: Final = sys.platform == "linux"  # accepted sockets have the options of the listening one
-_BACKLOG: Final = 1024
-_ACCEPTS_AT_ONCE: Final = 64
 _ARRIVALS_AT_ONCE: Final = 2000
 _ARRIVAL_GRACE: Final = 5.0  # seconds; one that takes longer gives way when there are too many
 _COMPLAINTS_PER_SECOND: Final = 0.1  # about proxies: each of their connections is a reason
-_OUT_OF_FILES_PAUSE: Final = 0.5  # seconds
 _DEFAULT_KEEP_ALIVE: Final = 15.0  # Go's, also for zero (net.KeepAliveConfig)
 
 
@@ -92,32 +90,30 @@ class _Arrival:
 
 
 class Listener:
-    """One listening TCP socket.
+    """The way of connections from `accept` to their first protocol, which `factory` makes.
 
     `choose` gives the TLS context for a client hello, or raises `HelloError`; None for plain HTTP.  `limit` and
-    `proxies` may be replaced at any time.
+    `proxies` may be replaced at any time.  Connections come from a socket of its own (`listen`), or from whoever
+    accepts them and calls `take`.
     """
 
     def __init__(
         self,
-        sock: socket.socket,
         factory: Factory,
         *,
         choose: Callable[[ClientHello], ssl.SSLContext] | None,
         options: SocketOptions,
     ) -> None:
-        self._sock = sock
         self._factory = factory
         self._choose = choose
         self._options = options
         self._loop = asyncio.get_running_loop()
+        self._acceptor: Acceptor | None = None
         self._arrivals: dict[_Arrival, None] = {}  # the oldest first
         self._sweeper: asyncio.TimerHandle | None = None
         self._complaints = TokenBucket(_COMPLAINTS_PER_SECOND, 1, self._loop.time())
-        self.limit: TokenBucket | None = None
+        self._taken = self._given_up = 0
         self.proxies = Proxies()
-        self.accepted = 0
-        self.rejected = 0
         self.tls_errors = 0
         self.proxy_errors = 0
 
@@ -132,18 +128,34 @@ class Listener:
         options: SocketOptions,
     ) -> Listener:
         """Bind and start to accept.  Raises OSError."""
-        sock = bind(host, port, socket.SOCK_STREAM)
-        if _INHERITED:
-            options.apply(sock)
-        sock.listen(_BACKLOG)
-        listener = cls(sock, factory, choose=choose, options=options)
-        listener._loop.add_reader(sock.fileno(), listener._accept)
+        listener = cls(factory, choose=choose, options=options)
+        listener._acceptor = Acceptor(bind_tcp(host, port, options), listener.take)
         return listener
 
     @property
     def port(self) -> int:
-        """The bound port."""
-        return int(self._sock.getsockname()[1])
+        """The bound port; 0 if others accept the connections."""
+        return 0 if self._acceptor is None else self._acceptor.port
+
+    @property
+    def limit(self) -> TokenBucket | None:
+        """How many connections are accepted."""
+        return None if self._acceptor is None else self._acceptor.limit
+
+    @limit.setter
+    def limit(self, limit: TokenBucket | None) -> None:
+        if self._acceptor is not None:
+            self._acceptor.limit = limit
+
+    @property
+    def accepted(self) -> int:
+        """How many connections have come in."""
+        return self._taken
+
+    @property
+    def rejected(self) -> int:
+        """How many were closed because there were too many."""
+        return self._given_up + (0 if self._acceptor is None else self._acceptor.rejected)
 
     @property
     def arrivals(self) -> int:
@@ -152,37 +164,23 @@ class Listener:
 
     def close(self) -> None:
         """Refuse new connections from now on, and give up unfinished handshakes; the others live on."""
-        if self._sock.fileno() >= 0:
-            self._loop.remove_reader(self._sock.fileno())
-            self._sock.close()
+        if self._acceptor is not None:
+            self._acceptor.close()
         if self._sweeper is not None:
             self._sweeper.cancel()
         for arrival in self._arrivals:
             arrival.give_up()
         self._arrivals.clear()
 
-    # -- accepting ---------------------------------------------------------------------------------------------
-
-    def _accept(self) -> None:
-        for _ in range(_ACCEPTS_AT_ONCE):
-            try:
-                conn, address = self._sock.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                self._rest(error)
-                return
-            if self._refused():
-                self.rejected += 1
-                conn.close()
-                continue
-            self.accepted += 1
-            self._welcome(conn, address)
-
-    def _refused(self) -> bool:
+    def take(self, conn: socket.socket, address: tuple[Any, ...]) -> bool:
+        """A connection has been accepted.  False, and the caller closes it, if too many others are on their way."""
         if len(self._arrivals) >= _ARRIVALS_AT_ONCE and not self._give_up_oldest():
-            return True
-        return self.limit is not None and not self.limit.allow(self._loop.time())
+            return False
+        self._taken += 1
+        self._welcome(conn, address)
+        return True
+
+    # -- those on their way ------------------------------------------------------------------------------------
 
     def _give_up_oldest(self) -> bool:
         """Make room: who connects and says nothing must not keep out those who do, nor a rush spoil its own work."""
@@ -190,19 +188,8 @@ class Listener:
         if self._loop.time() - oldest.since < _ARRIVAL_GRACE:
             return False
         self._drop(oldest)
-        self.rejected += 1
+        self._given_up += 1
         return True
-
-    def _rest(self, error: OSError) -> None:
-        """Out of file descriptors: do not spin on a socket that stays readable."""
-        log.warning("cannot accept connections: %s; trying again in %.1f s", error.strerror, _OUT_OF_FILES_PAUSE)
-        descriptor = self._sock.fileno()
-        self._loop.remove_reader(descriptor)
-        self._loop.call_later(_OUT_OF_FILES_PAUSE, self._resume)
-
-    def _resume(self) -> None:
-        if self._sock.fileno() >= 0:
-            self._loop.add_reader(self._sock.fileno(), self._accept)
 
     def _welcome(self, conn: socket.socket, address: tuple[Any, ...]) -> None:
         conn.setblocking(False)
@@ -311,3 +298,11 @@ class Listener:
             arrival.sock.close()
         finally:
             self._arrivals.pop(arrival, None)
+
+
+def bind_tcp(host: str, port: int, options: SocketOptions) -> socket.socket:
+    """A bound TCP socket whose connections have these options where the system hands them on.  Raises OSError."""
+    sock = bind(host, port, socket.SOCK_STREAM)
+    if _INHERITED:
+        options.apply(sock)
+    return sock

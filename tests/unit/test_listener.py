@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from derper.net import acceptor as acceptor_module
 from derper.net import listener as listener_module
 from derper.net import sockets
 from derper.net.listener import Listener, SocketOptions
@@ -131,20 +132,22 @@ async def test_a_silent_client_gives_way(node: LoopbackRelay, monkeypatch: pytes
 
 async def test_out_of_file_descriptors(node: LoopbackRelay, monkeypatch: pytest.MonkeyPatch) -> None:
     """It rests, and goes on."""
-    monkeypatch.setattr(listener_module, "_OUT_OF_FILES_PAUSE", 0.01)
-    real, failed = node.listener._sock, asyncio.Event()
+    monkeypatch.setattr(acceptor_module, "_OUT_OF_FILES_PAUSE", 0.01)
+    assert node.listener._acceptor is not None
+    acceptor, failed = node.listener._acceptor, asyncio.Event()
+    real = acceptor._sock
 
     class NoFiles:
         def accept(self) -> None:
             failed.set()
-            node.listener._sock = real
+            acceptor._sock = real
             raise OSError(errno.EMFILE, "Too many open files")
 
         def fileno(self) -> int:
             return real.fileno()
 
     port = node.listener.port
-    node.listener._sock = NoFiles()  # type: ignore[assignment]
+    acceptor._sock = NoFiles()  # type: ignore[assignment]
     client = RawClient(*await asyncio.open_connection("127.0.0.1", port, ssl=trusting()))
     assert failed.is_set()
     client.send(b"GET /robots.txt HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
