@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import secrets
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,14 +15,12 @@ from typing import Any
 from nacl.bindings import crypto_box
 from nacl.public import PrivateKey
 
+from bench.compiler import compiled
 from bench.errors import BenchError
 from bench.processes import pinned
 from bench.relays import Relay
-from tests.interop.gobuild import cache_dir
 
 SOURCES = Path(__file__).parent / "loadgen"
-COMPILE = ("gcc", "-O2", "-std=gnu11", "-Wall", "-Wextra")
-LINK = ("-lssl", "-lcrypto")
 OPEN_LIMIT = 120.0
 CLIENT_INFO = json.dumps({"version": 2, "CanAckPings": True}).encode()
 
@@ -167,38 +162,8 @@ def generating(binary: Path, *, core: int) -> Iterator[Generator]:
 
 
 def build(step: Callable[[str], None]) -> Path:
-    """The compiled generator, from the cache if its sources are unchanged. Raises BenchError without gcc or OpenSSL."""
-    digest = hashlib.sha256(repr((COMPILE, LINK)).encode())
-    for source in sorted(SOURCES.glob("*.[ch]")):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    binary = cache_dir() / "bin" / f"loadgen-{digest.hexdigest()[:12]}" / "loadgen"
-    if binary.exists():
-        return binary
-    _require_compiler(step)
-    step("building the load generator")
-    binary.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=binary.parent) as scratch:
-        fresh = Path(scratch, "loadgen")
-        subprocess.run([*COMPILE, "-o", str(fresh), *map(str, sorted(SOURCES.glob("*.c"))), *LINK], check=True)
-        fresh.rename(binary)
-    return binary
-
-
-def _require_compiler(step: Callable[[str], None]) -> None:
-    if not shutil.which("gcc"):
-        raise BenchError(
-            "there is no gcc to build the load generator: install it (Debian: apt-get install gcc libc6-dev)"
-        )
-    check = subprocess.run([*COMPILE, "-E", "-"], input=b"#include <openssl/ssl.h>\n", capture_output=True)
-    if check.returncode == 0:
-        return
-    if os.geteuid() != 0 or not shutil.which("apt-get"):
-        raise BenchError("OpenSSL's headers are missing: install them (Debian: apt-get install libssl-dev)")
-    step("installing OpenSSL's headers: apt-get install libssl-dev")
-    subprocess.run(["apt-get", "update", "--quiet"], capture_output=True)
-    done = subprocess.run(["apt-get", "install", "--yes", "--quiet", "libssl-dev"], capture_output=True, text=True)
-    if done.returncode:
-        raise BenchError(f"apt-get install libssl-dev failed: {done.stderr.strip().splitlines()[-1:]}")
+    """The compiled generator. Raises BenchError without gcc or OpenSSL's headers."""
+    return compiled(SOURCES, step)
 
 
 def _logins(server_key: bytes, count: int) -> Iterable[str]:

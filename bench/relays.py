@@ -14,19 +14,48 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
 from nacl.public import PrivateKey
 
 from bench import machine
+from bench.compiler import compiled
 from bench.errors import BenchError
 from bench.processes import pinned
+from derper import certs
 from tests.interop.gobuild import GoMissingError, build_peers
 
 HERE = Path(__file__).parent
 START_LIMIT = 20.0
 Step = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a relay is to listen, with which key, and a folder for its files."""
+
+    folder: Path
+    port: int
+    key: PrivateKey
+
+
+def derper_flags(place: Place) -> list[str]:
+    """The command line of stock derper, which ours understands as well."""
+    key_file = place.folder / "derper.key"
+    key_file.write_text(json.dumps({"PrivateKey": f"privkey:{bytes(place.key).hex()}"}))
+    key_file.chmod(0o600)
+    flags = [f"-a=127.0.0.1:{place.port}", "-http-port=-1", "-stun=false", f"-c={key_file}"]
+    return [*flags, "-certmode=manual", f"-certdir={place.folder}/certs", "-hostname=127.0.0.1"]
+
+
+def _limit_arguments(place: Place) -> list[str]:
+    pair = certs.self_signed(["127.0.0.1"], now=datetime.now(UTC))
+    certificate, key = place.folder / "limit.crt", place.folder / "limit.key"
+    certificate.write_bytes(pair.cert_pem)
+    key.write_bytes(pair.key_pem)
+    return [str(place.port), bytes(place.key.public_key).hex(), str(certificate), str(key)]
 
 
 @dataclass(frozen=True)
@@ -37,6 +66,7 @@ class Build:
     version: str
     command: tuple[str, ...]
     env: dict[str, str] = field(default_factory=dict)
+    arguments: Callable[[Place], list[str]] = derper_flags
 
 
 @dataclass(frozen=True)
@@ -76,6 +106,12 @@ def ours() -> Build:
     return Build("ours", f"{version}{_commit()}", (str(command),))
 
 
+def limit(step: Step) -> Build:
+    """The yardstick of bench/limit, built into the cache. Raises BenchError without gcc or OpenSSL's headers."""
+    binary = compiled(HERE / "limit", step)
+    return Build("limit", "the C relay of bench/limit", (str(binary),), arguments=_limit_arguments)
+
+
 @contextmanager
 def running(build: Build, *, core: int) -> Iterator[Relay]:
     """A relay on a free port of 127.0.0.1, ready for clients.
@@ -84,15 +120,10 @@ def running(build: Build, *, core: int) -> Iterator[Relay]:
     """
     with tempfile.TemporaryDirectory(prefix="derp-bench-") as folder, Path(folder, "log").open("w+b") as log:
         key = PrivateKey.generate()
-        key_file = Path(folder, "derper.key")
-        key_file.write_text(json.dumps({"PrivateKey": f"privkey:{bytes(key).hex()}"}))
-        key_file.chmod(0o600)
         port = _free_port()
-        arguments = [f"-a=127.0.0.1:{port}", "-http-port=-1", "-stun=false", f"-c={key_file}"]
-        arguments += ["-certmode=manual", f"-certdir={folder}/certs", "-hostname=127.0.0.1"]
+        command = [*build.command, *build.arguments(Place(Path(folder), port, key))]
         environment = {**os.environ, **build.env}
         started = time.monotonic()
-        command = [*build.command, *arguments]
         with pinned(command, core=core, env=environment, stdout=subprocess.DEVNULL, stderr=log) as process:
             try:
                 _wait_for(process, port)
