@@ -1,8 +1,8 @@
 /* One DERP client: TCP, TLS 1.3, the login of tailscale's derphttp client (fast start), frames.
  *
- * OpenSSL never touches a socket. A read event takes all waiting bytes with one recv() into a shared buffer, and SSL_read
- * decrypts from there; SSL_write appends records to another shared buffer, and client_flush() hands them over in one
- * send(). So a burst costs one system call in each direction, and an idle client owns no buffer.
+ * A read event takes all waiting bytes with one recv() into a shared buffer, and records are decrypted from there; records
+ * to be sent are made in another shared buffer, and client_flush() hands them over in one send(). So a burst costs one
+ * system call in each direction, and an idle client owns no buffer.
  */
 #include "loadgen.h"
 
@@ -21,13 +21,14 @@ enum frame_type {                            /* derp/derp.go */
     SERVER_KEY = 0x01, SERVER_INFO = 0x03, RECV_PACKET = 0x05, KEEP_ALIVE = 0x06, NOTE_PREFERRED = 0x07,
     PING = 0x12, PONG = 0x13,
 };
+enum { NEW_SESSION_TICKET = 4 };             /* RFC 8446, 4 */
 static const char MAGIC[] = "DERP\xf0\x9f\x94\x91";
 static const char REQUEST[] =                /* one record with the login frame, as a stock client's first flush */
     "GET /derp HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: Go-http-client/1.1\r\n"
     "Connection: Upgrade\r\nDerp-Fast-Start: 1\r\nUpgrade: DERP\r\n\r\n";
 
 /* A turn of the event loop stays well below a millisecond, so that the schedule of the senders is kept. */
-enum { IN_SIZE = 64 << 10, EVENTS_PER_TURN = 8, PLAIN_SIZE = 1 << 20, OUT_SIZE = 1 << 20, MAX_FRAME = 128 << 10 };
+enum { IN_SIZE = 256 << 10, EVENTS_PER_TURN = 64, PLAIN_SIZE = 1 << 20, OUT_SIZE = 1 << 20, MAX_FRAME = 128 << 10 };
 
 struct clients clients;
 
@@ -68,6 +69,28 @@ static long bio_ctrl(BIO *bio, int command, long number, void *pointer) {
     return command == BIO_CTRL_FLUSH;
 }
 
+static size_t unhex(const char *text, uint8_t *to, size_t room) {
+    size_t n = strlen(text) / 2;
+    for (size_t i = 0; i < n && i < room; i++)
+        if (sscanf(text + 2 * i, "%2hhx", &to[i]) != 1)
+            die("not hexadecimal: %s", text);
+    return n;
+}
+
+/* A line of NSS's key log format: label, client random, secret. */
+static void on_secret(const SSL *ssl, const char *line) {
+    struct client *c = &clients.at[(uintptr_t)SSL_get_app_data(ssl)];
+    char label[64], secret[2 * EVP_MAX_MD_SIZE + 1];
+    uint8_t bytes[EVP_MAX_MD_SIZE];
+    if (sscanf(line, "%63s %*s %128s", label, secret) != 2)
+        die("OpenSSL's key log is not understood");
+    size_t len = unhex(secret, bytes, sizeof bytes);
+    if (strcmp(label, "CLIENT_TRAFFIC_SECRET_0") == 0)
+        record_keys(&c->to_relay, bytes, len);
+    else if (strcmp(label, "SERVER_TRAFFIC_SECRET_0") == 0)
+        record_keys(&c->from_relay, bytes, len);
+}
+
 void clients_init(packet_handler *on_packet) {
     net.on_packet = on_packet;
     net.epoll = epoll_create1(EPOLL_CLOEXEC);
@@ -80,10 +103,10 @@ void clients_init(packet_handler *on_packet) {
     BIO_meth_set_ctrl(net.bio, bio_ctrl);
     SSL_CTX_set_min_proto_version(net.tls, TLS1_3_VERSION);
     SSL_CTX_set_verify(net.tls, SSL_VERIFY_NONE, NULL);      /* the relay is the caller's own child */
-    SSL_CTX_set_mode(net.tls, SSL_MODE_RELEASE_BUFFERS);
+    SSL_CTX_set_keylog_callback(net.tls, on_secret);
     SSL_CTX_set_session_cache_mode(net.tls, SSL_SESS_CACHE_OFF);
-    /* The order in which Go's clients, hence Tailscale's, offer them. */
-    SSL_CTX_set_ciphersuites(net.tls, "TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256");
+    /* In the order in which Go's clients, hence Tailscale's, offer them; they offer ChaCha20 last. */
+    SSL_CTX_set_ciphersuites(net.tls, "TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384");
     SSL_CTX_set1_groups_list(net.tls, "X25519:P-256:P-384");
 }
 
@@ -99,23 +122,39 @@ static void client_close(struct client *c) {
     if (c->state == READY)
         clients.ready--;
     clients.closed++;
-    c->state = CLOSED;
     close(c->fd);
     SSL_free(c->ssl);
-    free(c->tail);
+    gcm_free(c->to_relay.gcm);
+    gcm_free(c->from_relay.gcm);
+    free(c->half_record);
+    free(c->half_frame);
     free(c->unsent);
     free(c->login);
-    c->tail = c->unsent = c->login = NULL;
-    c->unsent_len = c->tail_len = 0;
+    c->ssl = NULL;
+    c->to_relay.gcm = c->from_relay.gcm = NULL;
+    c->half_record = c->half_frame = c->unsent = c->login = NULL;
+    c->half_record_len = c->half_frame_len = c->unsent_len = 0;
+    c->state = CLOSED;
 }
 
 bool client_blocked(const struct client *c) {
     return c->state != READY || c->unsent_len > 0;
 }
 
-void client_write(struct client *c, const uint8_t *data, size_t len) {
-    if (SSL_write(c->ssl, data, (int)len) != (int)len)
-        client_close(c);
+void client_write(struct client *c, uint8_t *data, size_t len) {
+    for (size_t at = 0, n; c->state != CLOSED && at < len; at += n) {
+        n = len - at < RECORD_DATA ? len - at : RECORD_DATA;
+        if (net.out_len + RECORD_HEADER + n + 1 + GCM_TAG > OUT_SIZE)
+            die("a burst does not fit into %d bytes: send smaller bursts", OUT_SIZE);
+        net.out_len += record_seal(&c->to_relay, data + at, n, net.out + net.out_len);
+    }
+}
+
+static uint8_t *copy_of(const uint8_t *data, size_t len) {
+    uint8_t *copy = malloc(len);
+    if (!copy)
+        die("out of memory");
+    return memcpy(copy, data, len);
 }
 
 static void keep_unsent(struct client *c, const uint8_t *data, size_t len) {
@@ -166,15 +205,15 @@ static void send_unsent(struct client *c) {
 }
 
 static void send_login(struct client *c) {
-    uint8_t first[sizeof REQUEST + 1024];
-    static const uint8_t preferred[] = {NOTE_PREFERRED, 0, 0, 0, 1, 1};
+    uint8_t first[sizeof REQUEST + 1024 + 1];
+    uint8_t preferred[] = {NOTE_PREFERRED, 0, 0, 0, 1, 1, 0};
     size_t head = sizeof REQUEST - 1;
-    if (c->login_len > sizeof first - head)
+    if (c->login_len >= sizeof first - head)
         die("client %u: a login frame of %zu bytes is too long", c->index, c->login_len);
     memcpy(first, REQUEST, head);
     memcpy(first + head, c->login, c->login_len);
     client_write(c, first, head + c->login_len);
-    client_write(c, preferred, sizeof preferred);
+    client_write(c, preferred, sizeof preferred - 1);
     client_flush(c);
     free(c->login);
     c->login = NULL;
@@ -190,9 +229,9 @@ static void on_frame(struct client *c, uint8_t type, const uint8_t *body, size_t
         c->state = READY;
         clients.ready++;
     } else if (type == PING && len == 8) {
-        uint8_t pong[FRAME_HEADER + 8] = {PONG, 0, 0, 0, 8};
+        uint8_t pong[FRAME_HEADER + 8 + 1] = {PONG, 0, 0, 0, 8};
         memcpy(pong + FRAME_HEADER, body, 8);
-        client_write(c, pong, sizeof pong);
+        client_write(c, pong, sizeof pong - 1);
         client_flush(c);
     } else if (type != KEEP_ALIVE) {
         clients.unexpected++;
@@ -214,32 +253,42 @@ static void on_plain(struct client *c, const uint8_t *data, size_t len, uint64_t
     }
     if (c->state == CLOSED || at == len)
         return;
-    c->tail_len = len - at;
-    c->tail = malloc(c->tail_len);
-    if (!c->tail)
-        die("out of memory");
-    memcpy(c->tail, data + at, c->tail_len);
+    c->half_frame_len = len - at;
+    c->half_frame = copy_of(data + at, len - at);
 }
 
-/* Decrypts all that was received, behind the tail of the last time; frames are handled only afterwards, because their
+/* Puts what is left of the last time to the head of a buffer; returns its length. */
+static size_t take_back(uint8_t **rest, size_t *rest_len, uint8_t *to) {
+    size_t len = *rest_len;
+    if (len > 0)
+        memcpy(to, *rest, len);
+    free(*rest);
+    *rest = NULL;
+    *rest_len = 0;
+    return len;
+}
+
+/* Decrypts all whole records, behind half a frame of the last time; frames are handled only afterwards, because their
  * handlers write, and net.out belongs to one client at a time. */
 static size_t decrypt(struct client *c) {
-    size_t len = c->tail_len;
-    if (len > 0) {
-        memcpy(net.plain, c->tail, len);
-        free(c->tail);
-        c->tail = NULL;
-        c->tail_len = 0;
-    }
-    for (;;) {
-        int n = SSL_read(c->ssl, net.plain + len, (int)(PLAIN_SIZE - len));
-        if (n <= 0) {
-            if (SSL_get_error(c->ssl, n) != SSL_ERROR_WANT_READ)
-                client_close(c);
-            return len;
+    size_t len = take_back(&c->half_frame, &c->half_frame_len, net.plain), size, data;
+    while ((size = record_size(net.in + net.in_at, net.in_len - net.in_at)) > 0) {
+        if (len + size > PLAIN_SIZE)
+            die("client %u: half a frame of %zu bytes", c->index, len);
+        int type = record_open(&c->from_relay, net.in + net.in_at, size, net.plain + len, &data);
+        net.in_at += size;
+        if (type == RECORD_APPLICATION_DATA) {
+            len += data;
+        } else if (type != RECORD_HANDSHAKE || data == 0 || net.plain[len] != NEW_SESSION_TICKET) {
+            client_close(c);                 /* an alert, a broken record, or a message that no relay has reason to send */
+            return 0;
         }
-        len += (size_t)n;
     }
+    if (net.in_at < net.in_len) {
+        c->half_record_len = net.in_len - net.in_at;
+        c->half_record = copy_of(net.in + net.in_at, c->half_record_len);
+    }
+    return len;
 }
 
 static bool handshake(struct client *c) {
@@ -250,27 +299,29 @@ static bool handshake(struct client *c) {
         client_close(c);
     if (done != 1 || c->state == CLOSED)
         return false;
+    if (!c->to_relay.gcm || !c->from_relay.gcm)
+        die("OpenSSL did not give away the secrets of TLS");
+    SSL_free(c->ssl);
+    c->ssl = NULL;
     c->state = DERP_LOGIN;
     send_login(c);
     return c->state != CLOSED;
 }
 
 static void on_readable(struct client *c) {
-    ssize_t n = recv(c->fd, net.in, IN_SIZE, MSG_DONTWAIT);
+    size_t half = take_back(&c->half_record, &c->half_record_len, net.in);
+    ssize_t n = recv(c->fd, net.in + half, IN_SIZE - half, MSG_DONTWAIT);
     uint64_t now = now_ns();
-    if (n < 0 && errno == EAGAIN)
-        return;
-    if (n <= 0) {
+    if (n == 0 || (n < 0 && errno != EAGAIN)) {
         client_close(c);
         return;
     }
     ERR_clear_error();
     net.in_at = 0;
-    net.in_len = (size_t)n;
+    net.in_len = half + (n > 0 ? (size_t)n : 0);
     if (c->state == TLS_HANDSHAKE && !handshake(c))
         return;
     size_t len = decrypt(c);
-    client_flush(c);
     if (c->state != CLOSED)
         on_plain(c, net.plain, len, now);
 }
@@ -323,18 +374,11 @@ static void start(struct client *c, int port) {
     BIO_set_init(bio, 1);
     SSL_set_bio(c->ssl, bio, bio);
     SSL_set_connect_state(c->ssl);
+    SSL_set_app_data(c->ssl, (void *)(uintptr_t)c->index);
     c->state = TCP_CONNECTING;
     if (connect(c->fd, (struct sockaddr *)&address, sizeof address) < 0 && errno != EINPROGRESS)
         die("connect to 127.0.0.1:%d: %s", port, strerror(errno));
     watch(c, EPOLL_CTL_ADD, EPOLLOUT);
-}
-
-static size_t unhex(const char *text, uint8_t *to, size_t room) {
-    size_t n = strlen(text) / 2;
-    for (size_t i = 0; i < n && i < room; i++)
-        if (sscanf(text + 2 * i, "%2hhx", &to[i]) != 1)
-            die("a login line is not hexadecimal");
-    return n;
 }
 
 static void read_logins(const char *file, uint32_t from, uint32_t count) {

@@ -16,6 +16,7 @@
 
 enum { SEND_PACKET = 0x04, MAX_FLOWS = 1 << 16, PATTERN_SHIFTS = 1024, MAX_BURSTS_PER_TURN = 16 };
 static const uint64_t MAX_LATE = 1000000;              /* ns of schedule that may be caught up */
+static const uint64_t POLL_INTERVAL = 100000;
 static const uint64_t MAX_DRAIN = 3000000000;
 
 enum kind { PACED, PING, PONG };
@@ -128,7 +129,7 @@ static void send_burst(uint32_t index, uint64_t now) {
 }
 
 static void send_one(uint32_t index, enum kind kind, uint64_t sequence, uint64_t sent) {
-    uint8_t frame[FRAME_HEADER + KEY_LEN + MAX_PACKET];
+    uint8_t frame[FRAME_HEADER + KEY_LEN + MAX_PACKET + 1];
     struct flow *f = &load.flow[index];
     struct client *from = &clients.at[kind == PING ? f->from : f->to], *to = &clients.at[kind == PING ? f->to : f->from];
     struct stamp s = {.run = load.run, .flow = index, .sequence = sequence, .sent = sent, .kind = kind, .size = f->size};
@@ -257,7 +258,7 @@ static void forget(void) {
 
 void load_run(double warm_up, double seconds, double quiet, FILE *answer) {
     double interval = load.paced ? 1e9 * load.frames_per_record * load.records_per_burst / load.rate : 0;
-    uint64_t start = now_ns(), now = start, busy = 0, done = 0;
+    uint64_t start = now_ns(), now = start, busy = 0, done = 0, polled = 0;
     load.run++;
     load.window_from = start + (uint64_t)(warm_up * 1e9);
     load.window_to = load.window_from + (uint64_t)(seconds * 1e9);
@@ -265,7 +266,10 @@ void load_run(double warm_up, double seconds, double quiet, FILE *answer) {
         send_one(i, PING, 0, now_ns());
     while (now < load.window_to) {
         bool worked = load.paced && send_due(start, now, interval, &done);
-        worked |= clients_poll(0);
+        if (!worked || now - polled >= POLL_INTERVAL) {
+            polled = now;
+            worked |= clients_poll(0);
+        }
         uint64_t then = now;
         now = now_ns();
         if (worked && in_window(then))

@@ -1,6 +1,8 @@
 /* A DERP load generator: many clients on one thread, one core, over TLS 1.3.
  *
  * client.c     one DERP client: TCP, TLS, login, frames in and out
+ * record.c     records of TLS 1.3
+ * gcm.c        AES-GCM
  * load.c       what the clients send each other, when, and what arrived
  * histogram.c  times in logarithmic buckets
  * main.c       commands on stdin, one line of JSON per answer
@@ -21,6 +23,32 @@ enum { KEY_LEN = 32, FRAME_HEADER = 5, MAX_PACKET = 64 << 10 };
 uint64_t now_ns(void);                       /* monotonic clock */
 void die(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
 
+/* ---- gcm.c ---- */
+
+enum { GCM_NONCE = 12, GCM_AAD = 5, GCM_TAG = 16 };
+struct gcm;
+struct gcm *gcm_new(const uint8_t *key, unsigned key_len);
+void gcm_free(struct gcm *g);
+/* Writes `len` bytes and the tag to `to`, which may be `from`. */
+void gcm_seal(struct gcm *g, const uint8_t *nonce, const uint8_t *aad, const uint8_t *from, size_t len, uint8_t *to);
+/* Reads `len` bytes and the tag behind them; tells whether the tag is right. */
+bool gcm_open(struct gcm *g, const uint8_t *nonce, const uint8_t *aad, const uint8_t *from, size_t len, uint8_t *to);
+
+/* ---- record.c ---- */
+
+enum { RECORD_HEADER = 5, RECORD_DATA = 16 << 10, RECORD_HANDSHAKE = 22, RECORD_APPLICATION_DATA = 23 };
+struct direction {                           /* from client to server, or back */
+    struct gcm *gcm;
+    uint64_t sequence;
+    uint8_t iv[GCM_NONCE];
+};
+void record_keys(struct direction *d, const uint8_t *secret, size_t secret_len);
+/* Writes a record of up to RECORD_DATA bytes to `to`, and returns its size. Needs one more byte behind `data`. */
+size_t record_seal(struct direction *d, uint8_t *data, size_t len, uint8_t *to);
+size_t record_size(const uint8_t *from, size_t len);     /* of the record at `from`, or 0 if it is not there as a whole */
+/* Decrypts a whole record; returns its type, or -1 if it is broken. `to` needs room for all of it. */
+int record_open(struct direction *d, const uint8_t *from, size_t size, uint8_t *to, size_t *len);
+
 /* ---- client.c ---- */
 
 enum client_state { UNUSED, TCP_CONNECTING, TLS_HANDSHAKE, DERP_LOGIN, READY, CLOSED };
@@ -29,13 +57,14 @@ struct client {
     uint32_t index;
     int fd;
     enum client_state state;
-    SSL *ssl;
+    SSL *ssl;                                /* until the end of the TLS handshake */
+    struct direction to_relay, from_relay;
     uint8_t key[KEY_LEN];
     uint8_t server_key[KEY_LEN];
     uint8_t *login;                          /* the sealed ClientInfo frame, made by the caller */
     size_t login_len;
-    uint8_t *tail;                           /* the first part of a frame whose rest has not arrived */
-    size_t tail_len;
+    uint8_t *half_record, *half_frame;       /* first parts of which the rest has not arrived */
+    size_t half_record_len, half_frame_len;
     uint8_t *unsent;                         /* ciphertext that the socket has not taken yet */
     size_t unsent_len;
 };
@@ -56,7 +85,8 @@ void clients_init(packet_handler *on_packet);
 uint32_t clients_open(int port, uint32_t count, uint32_t parallel, double seconds, const char *file);
 bool clients_poll(int timeout_ms);           /* handles what is readable; tells whether anything was */
 bool client_blocked(const struct client *c); /* closed, or its socket is full: a real client would drop now */
-void client_write(struct client *c, const uint8_t *data, size_t len);  /* one TLS record per 16 KiB */
+/* One TLS record per 16 KiB. Needs one more byte behind `data`. */
+void client_write(struct client *c, uint8_t *data, size_t len);
 void client_flush(struct client *c);         /* one send() for all records written since the last flush */
 
 /* ---- histogram.c ---- */
