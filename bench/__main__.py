@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from bench import generator, machine, relays, report, scenarios
+from bench import generator, machine, network, relays, report, scenarios
 from bench.errors import BenchError
 
 HERE = Path(__file__).parent
@@ -58,6 +58,8 @@ def _bench(arguments: argparse.Namespace) -> None:
     second = relays.stock(step, side="stock again") if arguments.noise else relays.ours()
     binary = generator.build(step)
     cores = machine.pick_cores()
+    tcp = network.describe(network.enter())
+    step(tcp)
     _allow_many_files()
     effort = scenarios.QUICK_EFFORT if arguments.quick else scenarios.FULL_EFFORT
     hints: dict[str, dict[str, int]] = {first.side: {}, second.side: {}}

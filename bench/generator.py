@@ -73,7 +73,8 @@ class Result:
     """What one run offered and what arrived, within its window unless a name says total. Times in microseconds.
 
     `blocked` packets were due while their sender's socket was full and were dropped there; they count as offered.
-    `busy` is the generator's own share of its core.
+    `busy` is the generator's own share of its core. `unread` is at most what a packet waited for the generator to look,
+    which is a part of its latency.
     """
 
     seconds: float
@@ -87,6 +88,7 @@ class Result:
     closed: int
     slowest_to_mean: float
     latency: Times
+    unread: Times
     rtt: Times
 
     @property
@@ -187,5 +189,5 @@ def _result(answer: dict[str, Any]) -> Result:
         found = answer[name]
         return Times(found["count"], found["p50"], found["p99"], found["p99.9"], found["max"])
 
-    plain = {name: answer[name] for name in Result.__dataclass_fields__ if name not in ("latency", "rtt")}
-    return Result(**plain, latency=times("latency"), rtt=times("rtt"))
+    plain = {name: answer[name] for name in Result.__dataclass_fields__ if name not in ("latency", "unread", "rtt")}
+    return Result(**plain, latency=times("latency"), unread=times("unread"), rtt=times("rtt"))

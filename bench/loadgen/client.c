@@ -27,8 +27,7 @@ static const char REQUEST[] =                /* one record with the login frame,
     "GET /derp HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: Go-http-client/1.1\r\n"
     "Connection: Upgrade\r\nDerp-Fast-Start: 1\r\nUpgrade: DERP\r\n\r\n";
 
-/* A turn of the event loop stays well below a millisecond, so that the schedule of the senders is kept. */
-enum { IN_SIZE = 256 << 10, EVENTS_PER_TURN = 64, PLAIN_SIZE = 1 << 20, OUT_SIZE = 1 << 20, MAX_FRAME = 128 << 10 };
+enum { IN_SIZE = 256 << 10, EVENTS_PER_TURN = 256, PLAIN_SIZE = 1 << 20, OUT_SIZE = 1 << 20, MAX_FRAME = 128 << 10 };
 
 struct clients clients;
 
@@ -37,6 +36,7 @@ static struct {
     SSL_CTX *tls;
     BIO_METHOD *bio;
     packet_handler *on_packet;
+    uint64_t looked;
     size_t in_at, in_len, out_len;
     uint8_t in[IN_SIZE], plain[PLAIN_SIZE], out[OUT_SIZE];
 } net;
@@ -342,6 +342,8 @@ static void on_connected(struct client *c) {
 
 bool clients_poll(int timeout_ms) {
     struct epoll_event events[EVENTS_PER_TURN];
+    clients.looked_before = net.looked;
+    net.looked = now_ns();
     int n = epoll_wait(net.epoll, events, EVENTS_PER_TURN, timeout_ms);
     for (int i = 0; i < n; i++) {
         struct client *c = &clients.at[events[i].data.u32];

@@ -73,6 +73,7 @@ struct clients {
     struct client *at;
     uint32_t count, ready, closed;           /* closed: connections that ended although nobody asked for it */
     uint64_t unexpected;                     /* frames that a healthy relay does not send to idle or busy clients */
+    uint64_t looked_before;                  /* when clients_poll looked the time before: what it finds now came later */
 };
 extern struct clients clients;
 

@@ -217,13 +217,15 @@ def _frame(kind: int, body: bytes) -> bytes:
 
 
 @asynccontextmanager
-async def _loaded(relay: FakeRelay, folder: Path) -> AsyncIterator[generator.Generator]:
-    """A generator with two clients of the relay."""
+async def _loaded(relay: FakeRelay, folder: Path, *, aes_256: bool = False) -> AsyncIterator[generator.Generator]:
+    """A generator with two clients of the relay, which chooses AES-128 as Go does, or as OpenSSL does AES-256."""
     pair = certs.self_signed(["127.0.0.1"], now=datetime.now(UTC))
     (folder / "crt").write_bytes(pair.cert_pem)
     (folder / "key").write_bytes(pair.key_pem)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "crt", folder / "key")
+    if not aes_256:
+        context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE
     server = await asyncio.start_server(relay.accept, "127.0.0.1", 0, ssl=context)
     core = max(os.sched_getaffinity(0))
     async with server:
@@ -250,8 +252,36 @@ async def test_generator_counts_what_a_good_relay_delivers(tmp_path: Path) -> No
     assert result.offered > 0
     assert result.delivered == result.latency.count
     assert 0 < result.latency.p50 <= result.latency.p99 <= result.latency.max
+    assert result.unread.count == result.latency.count
     assert result.slowest_to_mean == 1
     assert result.closed == result.unexpected == 0
+
+
+@needs_compiler
+@pytest.mark.parametrize("aes_256", [False, True])
+@pytest.mark.parametrize("size", [48, 49, 63, 200, 201, 218, 219, 220, 235, 236, 1300, 16347, 16348, 65500])
+async def test_generators_records_are_openssls(size: int, aes_256: bool, tmp_path: Path) -> None:
+    load = Paced(pairs(1), Shape(1, 4), size, 400)
+    async with _loaded(FakeRelay(_whole), tmp_path, aes_256=aes_256) as generating:
+        result = await asyncio.to_thread(generating.run, load, seconds=0.05, warm_up=0, quiet=10)
+    assert result.sent_total == result.delivered_total > 0
+    assert result.closed == 0
+
+
+@needs_compiler
+def test_the_yardstick_relays() -> None:
+    core = min(os.sched_getaffinity(0))
+    binary = generator.build(lambda text: None)
+    with (
+        relays.running(relays.limit(lambda text: None), core=core) as relay,
+        generator.generating(binary, core=core) as load,
+    ):
+        load.open(relay, 6)
+        result = load.run(Paced(pairs(3), Shape(3, 2), 1300, 3000), seconds=0.3, warm_up=0, quiet=10)
+        echoed = load.run(PingPong(pairs(3), 48), seconds=0.1, warm_up=0)
+    assert result.sent_total == result.delivered_total > 0
+    assert result.unexpected == result.closed == 0
+    assert echoed.rtt.count > 0
 
 
 @needs_compiler
