@@ -24,8 +24,7 @@ from . import __version__, metrics, status
 from .certs import ip_address_of
 from .expvar import vars_json
 from .net.debug import Facts
-from .net.sockets import bind, bind_unix
-from .relay.proxies import remote_from
+from .net.sockets import bind, bind_unix, remote_from
 
 if TYPE_CHECKING:
     from .relay.session import Session

@@ -23,14 +23,14 @@ from urllib.parse import quote
 
 from websockets.frames import CloseCode
 
-from ..relay.proxies import Proxies, remote_from
+from ..relay.proxies import Proxies
 from ..relay.session import Remote
 from ..wire.frames import PROTOCOL_VERSION
 from ..wire.head import Head, HeadError, HeadReader
 from .answers import Answer, mux_answer, refusal, server_answer
 from .hub import Hub
 from .link import Link
-from .sockets import tls_version
+from .sockets import remote_from, tls_version
 from .websocket import SUBPROTOCOL, WebSocket, handshake, wants_websocket
 
 __all__ = ["Doorman", "HTTPHandler", "Reception", "remote_of"]

@@ -20,6 +20,7 @@ from ..wire.handshake import ClientInfo
 from ..wire.keys import MeshKeys, NodePrivate
 from .admission import Admission
 from .roundtrips import RoundTrips
+from .sockets import tells_tcp_info
 from .stalls import Stalls
 
 if TYPE_CHECKING:
@@ -82,10 +83,12 @@ class Hub:
         self.admission = admission
         self.mesh_keys: MeshKeys | None = None
         self.limits = limits or Limits()
+        self.greeting = handshake.server_key_frame(private_key.public)
         self.counters = Counters()
         self.router = Router(private_key.public, self.counters)
         self.loop = asyncio.get_running_loop()
         self.clock = self.loop.time
+        self.tells_tcp_info = tells_tcp_info()
         self.links: set[Link] = set()
         self.draining = False  # no new clients
         self.link_lost = asyncio.Event()  # set whenever a link closes

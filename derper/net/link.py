@@ -21,7 +21,7 @@ from ..wire.frames import HEADER, HEADER_LEN, MAX_CLIENT_INFO, FrameType
 from ..wire.handshake import ClientInfo, ServerInfo
 from ..wire.keys import NodePublic
 from .hub import Hub
-from .sockets import TCPInfo, tcp_info, tls_version
+from .sockets import TCPInfo, tcp_descriptor, tcp_info, tls_version
 
 __all__ = ["Link"]
 
@@ -38,6 +38,7 @@ class Link(asyncio.BufferedProtocol):
     """Hand a transport over with `take_over`; from then on the link lives by the loop's callbacks."""
 
     __slots__ = (
+        "_greeting",
         "_hub",
         "_login_timer",
         "_not_ideal",
@@ -55,6 +56,7 @@ class Link(asyncio.BufferedProtocol):
         self._not_ideal = not_ideal
         self._session: Session | None = None
         self._tail = b""
+        self._greeting = b""  # to be sent with the next bytes
         self._transport: asyncio.Transport
         self._login_timer: asyncio.TimerHandle | None = None
         self._resume_timer: asyncio.TimerHandle | None = None
@@ -72,10 +74,11 @@ class Link(asyncio.BufferedProtocol):
         if version := self.tls_version:
             hub.counters.http_requests[version] += 1
         self._login_timer = hub.loop.call_later(LOGIN_SECONDS, self._login_expired)
-        transport.write(greeting + handshake.server_key_frame(hub.private_key.public))
+        self._greeting = greeting + hub.greeting
         if early:
             self._tail = early
             self._process_tail()
+        self._greet()
 
     # -- asyncio.BufferedProtocol ---------------------------------------------------------------------
 
@@ -292,11 +295,12 @@ class Link(asyncio.BufferedProtocol):
             not_ideal=self._not_ideal,
         )
         self._session = session
-        if self.tcp_info() is not None:
-            self.tcp_descriptor = self._transport.get_extra_info("socket").fileno()
+        if hub.tells_tcp_info:
+            self.tcp_descriptor = tcp_descriptor(self._transport)
         hub.join(session)
         hub.round_trips.follow(self, session.connected_at)
-        self.write(handshake.server_info_frame(hub.private_key, key, ServerInfo()))
+        greeting, self._greeting = self._greeting, b""
+        self.write(greeting + handshake.server_info_frame(hub.private_key, key, ServerInfo()))
 
     def _leave(self) -> None:
         session, self._session = self._session, None
@@ -307,12 +311,18 @@ class Link(asyncio.BufferedProtocol):
             session.write = self.write
             self._hub.leave(session)
 
+    def _greet(self) -> None:
+        greeting, self._greeting = self._greeting, b""
+        if greeting:
+            self._transport.write(greeting)
+
     def _login_expired(self) -> None:
         self._login_timer = None
         self._refuse(f"no login within {LOGIN_SECONDS:.0f} s")
 
     def _close(self, patience: float) -> None:
         if self in self._hub.links:
+            self._greet()
             self._cancel_timers()
             self._leave()
             self._login_timer = self._hub.loop.call_later(patience, self._transport.abort)

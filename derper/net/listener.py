@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from ..relay.limits import TokenBucket
-from ..relay.proxies import Proxies, remote_from
+from ..relay.proxies import Proxies
 from ..relay.session import Remote
 from ..wire import clienthello
 from ..wire import proxy as proxy_header
@@ -30,8 +30,8 @@ from ..wire.errors import ProtocolError
 from ..wire.proxy import ProxyHeader
 from .acceptor import Acceptor
 from .doorman import HEAD_SECONDS
-from .peek import Peek
-from .sockets import bind
+from .peek import Peek, first_look
+from .sockets import bind, remote_from
 
 __all__ = ["Listener", "SocketOptions", "bind_tcp"]
 
@@ -228,6 +228,10 @@ class Listener:
         most: int,
         done: Callable[[_Arrival, _T], None],
     ) -> None:
+        found = first_look(arrival.sock, parse)
+        if found is not None:
+            done(arrival, found)
+            return
         peek = Peek(
             self._loop,
             arrival.sock,

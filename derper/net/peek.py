@@ -10,13 +10,23 @@ from typing import Final, Generic, TypeVar
 
 from ..wire.errors import ProtocolError
 
-__all__ = ["Peek"]
+__all__ = ["Peek", "first_look"]
 
 _T = TypeVar("_T")
 
+_USUAL: Final = 4 << 10  # bytes; of first messages, few are longer
 _PAUSE: Final = 0.05  # seconds; where a socket that has too few bytes counts as readable
 _CHECK: Final = 1.0  # seconds; how often a socket that is waited for is looked at anyway
 _OVER: Final = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR
+
+
+def first_look(sock: socket.socket, parse: Callable[[bytes], _T | int]) -> _T | None:
+    """What `parse` finds in what is there at once; None if it finds nothing, for whatever reason: then use `Peek`."""
+    try:
+        found = parse(sock.recv(_USUAL, socket.MSG_PEEK))
+    except (ProtocolError, OSError):
+        return None
+    return None if isinstance(found, int) else found
 
 
 class Peek(Generic[_T]):

@@ -38,7 +38,7 @@ class RoundTrips:
         """A client logged in."""
         if not self.enabled:
             return
-        if link.is_websocket or link.tcp_info() is None:  # as stock derper, which does not look through a WebSocket
+        if link.is_websocket or link.tcp_descriptor is None:  # as stock derper, which does not look through a WebSocket
             self._counters.tcp_rtt["non-tcp"] += 1
         else:
             self._due[link] = now + _INTERVAL

@@ -8,13 +8,20 @@ import os
 import socket
 import stat
 import struct
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-__all__ = ["TCPInfo", "bind", "bind_unix", "tcp_info", "tls_version"]
+from ..relay.session import Remote
+
+__all__ = ["TCPInfo", "bind", "bind_unix", "remote_from", "tcp_descriptor", "tcp_info", "tells_tcp_info", "tls_version"]
 
 # linux/tcp.h, struct tcp_info: rtt, bytes_acked, bytes_received, bytes_sent
 _TCP_INFO: Final = struct.Struct("=68xI48xQQ64xQ")
+
+
+_TCP_FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
+_MAPPED: Final = bytes(10) + b"\xff\xff"  # how the address of an IPv4 client begins where both families are served
 
 
 class TCPInfo(NamedTuple):
@@ -102,16 +109,45 @@ def _remove_stale(path: Path) -> None:
     raise OSError(errno.EADDRINUSE, "another process serves on it")
 
 
+def remote_from(address: tuple[Any, ...]) -> Remote:
+    """The other side of a socket, from its address; IPv4-mapped IPv6 addresses as IPv4."""
+    text = address[0]
+    if ":" not in text:
+        return Remote(IPv4Address(socket.inet_pton(socket.AF_INET, text)), address[1])
+    packed = socket.inet_pton(socket.AF_INET6, text.partition("%")[0])
+    ip = IPv4Address(packed[12:]) if packed.startswith(_MAPPED) else IPv6Address(packed)
+    return Remote(ip, address[1])
+
+
 def tls_version(transport: asyncio.BaseTransport) -> str | None:
     """ "1.3" or "1.2", or None without TLS."""
     connection = transport.get_extra_info("ssl_object")
     return None if connection is None else str(connection.version()).removeprefix("TLSv")
 
 
-def tcp_info(transport: asyncio.BaseTransport) -> TCPInfo | None:
-    """None if the system does not tell, or the transport is not TCP (Linux 4.19 and newer tell)."""
+def tells_tcp_info() -> bool:
+    """Whether the system tells what `tcp_info` wants to know (Linux 4.19 and newer do)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+        return _tcp_info(sock) is not None
+
+
+def tcp_descriptor(transport: asyncio.BaseTransport) -> int | None:
+    """The TCP connection under a transport; None if there is none."""
     sock = transport.get_extra_info("socket")
-    if sock is None or not hasattr(socket, "TCP_INFO"):
+    if sock is None or sock.family not in _TCP_FAMILIES:
+        return None
+    descriptor: int = sock.fileno()
+    return descriptor if descriptor >= 0 else None
+
+
+def tcp_info(transport: asyncio.BaseTransport) -> TCPInfo | None:
+    """None if the system does not tell, or the transport is not TCP."""
+    sock = transport.get_extra_info("socket")
+    return None if sock is None else _tcp_info(sock)
+
+
+def _tcp_info(sock: Any) -> TCPInfo | None:
+    if not hasattr(socket, "TCP_INFO"):
         return None
     try:
         microseconds, acknowledged, received, sent = _TCP_INFO.unpack(

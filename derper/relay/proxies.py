@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import Any, Final
+from typing import Final
 
 from .session import Remote
 
-__all__ = ["Network", "Proxies", "networks", "remote_from"]
+__all__ = ["Network", "Proxies", "networks"]
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
@@ -49,11 +49,6 @@ def networks(words: Iterable[str]) -> tuple[Network, ...]:
         return tuple(ip_network(word) for word in words)
     except ValueError:
         raise ValueError("IP addresses or networks such as 198.51.100.0/24") from None
-
-
-def remote_from(address: tuple[Any, ...]) -> Remote:
-    """The other side of a socket, from its address; IPv4-mapped IPv6 addresses as IPv4."""
-    return Remote(_plain(ip_address(str(address[0]).partition("%")[0])), int(address[1]))
 
 
 def _address(text: str) -> Address | None:

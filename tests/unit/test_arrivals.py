@@ -15,10 +15,11 @@ import pytest
 
 from derper.net import listener as listener_module
 from derper.net import peek as peek_module
-from derper.net.peek import Peek
+from derper.net.peek import Peek, first_look
+from derper.net.sockets import tcp_descriptor
 from derper.relay.proxies import Proxies
 from derper.relay.session import Remote
-from derper.wire import handshake
+from derper.wire import clienthello, handshake
 from derper.wire.handshake import ClientInfo
 
 from ..tls import trusting
@@ -290,3 +291,37 @@ async def test_what_a_proxy_forwards() -> None:
         node.listener.proxies = node.reception.proxies = Proxies(LOOPBACK, protocol=True)
         assert await remote_of_client(node, FROM_CLIENT, FORWARDED) == CLIENT
         assert (await remote_of_client(node, SIGNATURE + b"\x20\0\0\0", FORWARDED)).ip == ip_address("192.0.2.8")
+
+
+# -- what is there at once
+
+
+def test_the_first_look() -> None:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    with ours, theirs:
+        first = real_hello()
+        assert first_look(ours, clienthello.parse) is None
+        theirs.send(first[:100])
+        assert first_look(ours, clienthello.parse) is None
+        theirs.send(first[100:])
+        assert first_look(ours, clienthello.parse) == clienthello.parse(first)
+        assert ours.recv(len(first)) == first
+        theirs.send(b"GET / HTTP/1.1\r\n")
+        assert first_look(ours, clienthello.parse) is None
+        theirs.close()
+        ours.recv(100)
+        assert first_look(ours, clienthello.parse) is None
+    assert first_look(ours, clienthello.parse) is None
+
+
+def test_the_descriptor_of_a_tcp_connection() -> None:
+    def over(sock: socket.socket | None) -> int | None:
+        return tcp_descriptor(asyncio.Transport({"socket": sock}))
+
+    with socket.socket(socket.AF_INET6) as sock:
+        assert over(sock) == sock.fileno()
+    assert over(sock) is None
+    with socket.socket(socket.AF_UNIX) as sock:
+        assert over(sock) is None
+    assert over(None) is None

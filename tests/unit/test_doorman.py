@@ -430,6 +430,7 @@ def test_where_a_client_comes_from() -> None:
     for peer, shown in (
         (("192.0.2.1", 5), "192.0.2.1:5"),
         (("::ffff:192.0.2.1", 5, 0, 0), "192.0.2.1:5"),
+        (("2001:db8::1", 5, 0, 0), "[2001:db8::1]:5"),
         (("fe80::1%eth0", 5, 0, 2), "[fe80::1]:5"),
         ("/run/derper.sock", "unknown"),
         (None, "unknown"),

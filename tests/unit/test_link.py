@@ -27,7 +27,7 @@ from derper.wire.handshake import ClientInfo
 from derper.wire.keys import MeshKey, MeshKeys, NodePrivate, NodePublic
 
 from .core import Bench, events_of
-from .loopback import FAST, PATIENCE, LoopbackRelay, RawClient, private, relay, until
+from .loopback import FAST, PATIENCE, UPGRADE, LoopbackRelay, RawClient, private, relay, until
 from .streams import cuts
 
 pytestmark = pytest.mark.both_loops
@@ -48,6 +48,17 @@ async def test_who_does_not_log_in_is_dropped(node: LoopbackRelay, monkeypatch: 
     client.send(FAST, login_frame(node)[:50])
     assert await client.rest() == handshake.server_key_frame(node.public_key)
     assert node.hub.counters.protocol_errors == 1
+
+
+@pytest.mark.parametrize("head", [UPGRADE, FAST])
+@pytest.mark.parametrize("early", [frames.ping(b"12345678"), b"\x02\0\0\0\x60" + bytes(96)])
+async def test_who_begins_badly_is_greeted_all_the_same(node: LoopbackRelay, head: bytes, early: bytes) -> None:
+    """As by stock derper, which reads nothing before it has said who it is."""
+    client = await node.connect()
+    client.send(head, early)
+    if head == UPGRADE:
+        assert (await client.head()).startswith(b"HTTP/1.1 101 ")
+    assert await client.rest() == handshake.server_key_frame(node.public_key)
 
 
 async def test_the_login_timer_ends_with_the_login(node: LoopbackRelay, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,6 +165,7 @@ class FakeLink:
     def __init__(self, round_trip: float | None, *, is_websocket: bool = False) -> None:
         self.round_trip = round_trip
         self.is_websocket = is_websocket
+        self.tcp_descriptor = None if round_trip is None else 5
 
     def tcp_info(self) -> TCPInfo | None:
         return None if self.round_trip is None else TCPInfo(self.round_trip, 0, 0, 0)

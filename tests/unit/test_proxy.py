@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from derper.relay.proxies import Proxies, remote_from
+from derper.relay.proxies import Proxies
 from derper.relay.session import Remote
 from derper.wire import proxy
 from derper.wire.errors import ProtocolError
@@ -129,8 +129,3 @@ def test_the_word_of_others_is_not_believed() -> None:
 @given(st.lists(st.text(max_size=20), max_size=5))
 def test_any_header(forwarded: list[str]) -> None:
     assert PROXIES.client(PEER, forwarded).ip is not None
-
-
-def test_the_other_side_of_a_socket() -> None:
-    assert remote_from(("::ffff:192.0.2.7", 1, 0, 0)) == Remote(ip_address("192.0.2.7"), 1)
-    assert remote_from(("fe80::1%eth0", 1, 0, 2)) == Remote(ip_address("fe80::1"), 1)
