@@ -60,7 +60,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     cores = machine.pick_cores()
     tcp = network.describe(network.enter())
     step(tcp)
-    _allow_many_files()
+    allow_many_files()
     effort = scenarios.QUICK_EFFORT if arguments.quick else scenarios.FULL_EFFORT
     hints: dict[str, dict[str, int]] = {first.side: {}, second.side: {}}
     rows: list[report.Row] = []
@@ -137,7 +137,8 @@ def _known_noise() -> dict[tuple[str, str], float]:
     return report.noise_of(report.from_csv(file.read_text())) if file.exists() else {}
 
 
-def _allow_many_files() -> None:
+def allow_many_files() -> None:
+    """As many as the system lets this process and its children open."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

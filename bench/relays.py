@@ -120,20 +120,21 @@ def running(build: Build, *, core: int) -> Iterator[Relay]:
     """
     with tempfile.TemporaryDirectory(prefix="derp-bench-") as folder, Path(folder, "log").open("w+b") as log:
         key = PrivateKey.generate()
-        port = _free_port()
+        port = free_port()
         command = [*build.command, *build.arguments(Place(Path(folder), port, key))]
         environment = {**os.environ, **build.env}
         started = time.monotonic()
         with pinned(command, core=core, env=environment, stdout=subprocess.DEVNULL, stderr=log) as process:
             try:
-                _wait_for(process, port)
+                wait_for(process, port)
                 yield Relay(process.pid, port, bytes(key.public_key), time.monotonic() - started)
             finally:
                 if process.poll() is not None:
                     raise BenchError(f"the relay `{build.side}` ended: {_last_words(Path(log.name))}")
 
 
-def _wait_for(process: subprocess.Popen[bytes], port: int) -> None:
+def wait_for(process: subprocess.Popen[bytes], port: int) -> None:
+    """Returns when the port accepts, or the process has ended. Raises BenchError when neither happens."""
     deadline = time.monotonic() + START_LIMIT
     while process.poll() is None:
         with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
@@ -147,7 +148,8 @@ def _last_words(log: Path) -> str:
     return " / ".join(log.read_text(errors="replace").strip().splitlines()[-5:]) or "it said nothing"
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody uses."""
     # Below the ephemeral ports, so that no client of another relay takes it between here and the relay's bind.
     while True:
         port = 20000 + secrets.randbelow(10000)
