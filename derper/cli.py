@@ -9,11 +9,11 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 from typing import Final
 
 from . import __version__, config
-from .commands import probe, prune, region, status
 from .config import Config, HelpWanted, UsageError, VersionWanted
 from .runtime import raise_file_limit, run, set_up_logging, stop_signals
 from .server import Relay, StartError
@@ -35,12 +35,7 @@ Flags of the relay:
 """
 
 
-_COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = {
-    "probe": probe.main,
-    "prune": prune.main,
-    "region": region.main,
-    "status": status.main,
-}
+_COMMANDS: Final = {"probe", "prune", "region", "status"}  # modules that are loaded only when they are called
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,10 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    command = _COMMANDS.get(words[0]) if words else None
-    if command is None:
+    if not words or words[0] not in _COMMANDS:
         return _relay(words)
-    return command(["--help" if word == "-help" else word for word in words[1:]])  # as for the relay
+    command = import_module(f".commands.{words[0]}", __package__)
+    code: int = command.main(["--help" if word == "-help" else word for word in words[1:]])  # as for the relay
+    return code
 
 
 def _relay(arguments: list[str]) -> int:

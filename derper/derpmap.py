@@ -15,11 +15,9 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
-
-import yaml
 
 from . import maplint
 
@@ -184,10 +182,9 @@ class DERPMap:
 
     def to_yaml(self) -> str:
         """The map as Headscale reads it from a file in `derp.paths`."""
-        text: str = yaml.dump(
-            _encode(self, YAML), Dumper=_StableDumper, sort_keys=False, allow_unicode=True, width=10_000
-        )
-        return text
+        from . import mapyaml  # here, because loading it takes a relay's time to start
+
+        return mapyaml.dump(_encode(self, YAML))
 
 
 def from_json(text: str | bytes) -> DERPMap:
@@ -215,22 +212,12 @@ def from_yaml(text: str | bytes) -> DERPMap:
 
     Raises MapError.
     """
+    from . import mapyaml  # here, because loading it takes a relay's time to start
+
     try:
-        raw = yaml.load(text, Loader=_StrictLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise MapError(f"The map is not YAML: {place}{error.problem}.") from None
-    except RecursionError:
-        raise MapError("The map is not a DERP map: it is nested too deeply.") from None
-    except MapError:
-        raise
-    except (LookupError, AttributeError):  # PyYAML leaks them: `!!bool x`, `!!int ""`, `!!timestamp x`
-        raise MapError(
-            "The map is not YAML: a value does not fit its tag (such as !!int); leave the tag out."
-        ) from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise MapError(f"The map is not YAML: {' '.join(str(error).split())}.") from None
+        raw = mapyaml.load(text)
+    except ValueError as error:
+        raise MapError(str(error)) from None
     return _decode(DERPMap, raw, "", YAML)
 
 
@@ -328,27 +315,3 @@ def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise MapError(f"The map contains {name}, which is not a number that JSON knows.")
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """PyYAML lets the last of two equal keys win; Headscale's YAML library refuses them, and so do we."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
-                raise MapError(f"Line {key_node.start_mark.line + 1}: the key {key!r} is given twice.")
-            if isinstance(key, Hashable):
-                seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-class _StableDumper(yaml.SafeDumper):
-    """PyYAML writes U+0085 and its like bare and reads them back as line breaks; quoted they survive."""
-
-    def represent_str(self, data: str) -> yaml.ScalarNode:
-        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
-
-
-_StableDumper.add_representer(str, _StableDumper.represent_str)

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.abc import PathEntryFinder
 from importlib.machinery import SOURCE_SUFFIXES, ExtensionFileLoader, FileFinder, SourceFileLoader
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from importlib.abc import PathEntryFinder
 
 __all__ = ["compiled", "keep_out"]
 

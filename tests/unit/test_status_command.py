@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from derper import cli, commands, health
+from derper import cli, health
+from derper.commands import status
 from derper.text import bytes_of, duration
 
 from .loopback import PATIENCE, free_port, private
@@ -111,7 +112,7 @@ async def test_the_default_is_the_socket_then_the_port_of_a_pod(
 ) -> None:
     path, port = tmp_path / "s", free_port()
     monkeypatch.setattr(health, "DEFAULT_SOCKET", path)
-    monkeypatch.setattr(commands.status, "_DEFAULT_ADDRESS", f"{HOST}:{port}")
+    monkeypatch.setattr(status, "_DEFAULT_ADDRESS", f"{HOST}:{port}")
     assert await run() == 2
     why = f"there is no {path}, and cannot ask {HOST}:{port}: connection refused; use --socket or --address"
     assert capsys.readouterr().err == f"derper status: {why}\n"
