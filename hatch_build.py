@@ -28,7 +28,7 @@ from typing import Any, Final
 from hatchling.builders.config import BuilderConfig
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-MODULES: Final[tuple[str, ...]] = ()  # by dotted name
+MODULES: Final = ("derper.net.tlsio",)  # by dotted name
 
 _PACKAGE: Final = "derper"
 _RECORD: Final = Path("build", "extensions.json")

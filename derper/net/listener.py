@@ -32,6 +32,7 @@ from .acceptor import Acceptor
 from .doorman import HEAD_SECONDS
 from .peek import Peek, first_look
 from .sockets import bind, remote_from
+from .transports import Transports
 
 __all__ = ["Listener", "SocketOptions", "bind_tcp"]
 
@@ -78,14 +79,14 @@ class _Arrival:
     peer: tuple[Any, ...]
     since: float
     remote: Remote | None = None  #: whom a proxy spoke of
-    step: Peek[Any] | asyncio.Task[None] | None = None
-    in_tls: bool = False  #: the socket is a transport's now, which closes it
+    cancel: Callable[[], object] | None = None  #: what it is waiting for
+    is_handed_over: bool = False  #: the socket is a transport's now, which closes it
 
     def give_up(self) -> None:
         """Close it, whatever it is waiting for."""
-        if self.step is not None:
-            self.step.cancel()
-        if not self.in_tls:
+        if self.cancel is not None:
+            self.cancel()
+        if not self.is_handed_over:
             self.sock.close()
 
 
@@ -109,6 +110,7 @@ class Listener:
         self._options = options
         self._loop = asyncio.get_running_loop()
         self._acceptor: Acceptor | None = None
+        self._transports = Transports(self._loop)
         self._arrivals: dict[_Arrival, None] = {}  # the oldest first
         self._sweeper: asyncio.TimerHandle | None = None
         self._complaints = TokenBucket(_COMPLAINTS_PER_SECOND, 1, self._loop.time())
@@ -240,7 +242,7 @@ class Listener:
             lambda found: done(arrival, found),
             lambda error: self._turn_away(arrival, error),
         )
-        arrival.step = peek
+        arrival.cancel = peek.cancel
         peek.look()
 
     def _introduced(self, arrival: _Arrival, header: ProxyHeader) -> None:
@@ -286,22 +288,18 @@ class Listener:
             sock.send(answer)
 
     def _start(self, arrival: _Arrival, context: ssl.SSLContext | None) -> None:
-        arrival.step = self._loop.create_task(self._handshake(arrival, context))
-
-    async def _handshake(self, arrival: _Arrival, context: ssl.SSLContext | None) -> None:
         """TLS; the doorman takes over from there."""
-        arrival.in_tls = True
-        timeout = None if context is None else max(arrival.since + HEAD_SECONDS - self._loop.time(), 0.001)
-        try:
-            await self._loop.connect_accepted_socket(
-                lambda: self._factory(arrival.remote), arrival.sock, ssl=context, ssl_handshake_timeout=timeout
-            )
-        except (OSError, ssl.SSLError) as error:  # TimeoutError is an OSError
+        arrival.is_handed_over = True
+        arrival.cancel = self._transports.open(
+            arrival.sock, context, lambda: self._factory(arrival.remote), lambda error: self._started(arrival, error)
+        )
+
+    def _started(self, arrival: _Arrival, error: Exception | None) -> None:
+        self._arrivals.pop(arrival, None)
+        arrival.cancel = None  # it holds the transport, which holds us
+        if error is not None:
             self.tls_errors += 1
             log.debug("TLS handshake failed: %s", error)
-            arrival.sock.close()
-        finally:
-            self._arrivals.pop(arrival, None)
 
 
 def bind_tcp(host: str, port: int, options: SocketOptions) -> socket.socket:

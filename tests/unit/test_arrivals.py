@@ -179,7 +179,7 @@ async def test_closing_in_the_middle(node: LoopbackRelay) -> None:
     clients[2].send(real_hello(HOST_NAME))
     await clients[2].exactly(1)
     await until(lambda: len(node.listener._arrivals) == 3)
-    (with_transport,) = [arrival.sock for arrival in node.listener._arrivals if arrival.in_tls]
+    (with_transport,) = [arrival.sock for arrival in node.listener._arrivals if arrival.is_handed_over]
     sweeper = node.listener._sweeper
     node.listener.close()
     assert with_transport.fileno() >= 0  # it is the transport's to close

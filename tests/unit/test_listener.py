@@ -120,6 +120,7 @@ async def test_too_many_handshakes_at_once(node: LoopbackRelay, monkeypatch: pyt
 async def test_a_silent_client_gives_way(node: LoopbackRelay, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listener_module, "_ARRIVALS_AT_ONCE", 1)
     monkeypatch.setattr(listener_module, "_ARRIVAL_GRACE", 0.0)
+    await node.connect(ssl=trusting())  # from the first one on, TLS has descriptors of its own
     silent = await node.connect()
     await until(lambda: node.listener._arrivals)
     before = len(os.listdir("/proc/self/fd"))

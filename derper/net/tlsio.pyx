@@ -1,0 +1,761 @@
+"""TLS connections on OpenSSL itself: what the event loop's TLS transports do, with less memory and less work.
+
+::
+
+    epoll --> Poller --> Transport: recv --> SSL_read into the protocol's buffer
+    protocol --> Transport.write: SSL_write --> send
+
+* One epoll instance serves all connections and is itself watched by the event loop: one turn of the loop handles all
+  that is ready, and errors of sockets are seen, which a reader of uvloop is not told of.
+* What has come is received with one system call into one buffer that all connections share; OpenSSL takes record by
+  record from there.  Its own buffers it frees when they are empty, so an idle connection has none.
+* The contexts are Python's `ssl.SSLContext`, and the library is the one that Python's `ssl` has loaded: its functions
+  are looked up at run time.  Where that cannot be done the import fails, and `transports` uses the loop's own.
+
+For CPython with OpenSSL 3 on Linux.  Contexts must not have an `sni_callback`.
+"""
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.object cimport PyObject
+from libc.errno cimport EAGAIN, EINTR, errno
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
+
+import _ssl
+import os
+import ssl
+import sys
+
+__all__ = ["Context", "Poller", "Transport"]
+
+
+cdef extern from "<dlfcn.h>" nogil:
+    void *dlopen(const char *path, int flags)
+    void *dlsym(void *handle, const char *name)
+    int RTLD_NOW
+
+cdef extern from "<unistd.h>" nogil:
+    int close(int fd)
+
+cdef extern from "<sys/socket.h>" nogil:
+    ssize_t recv(int fd, void *buffer, size_t size, int flags)
+    int shutdown(int fd, int how)
+    int SHUT_WR
+
+cdef extern from "<sys/epoll.h>" nogil:
+    ctypedef union epoll_data_t:
+        int fd
+    struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+    int epoll_create1(int flags)
+    int epoll_ctl(int epoll, int operation, int fd, epoll_event *event)
+    int epoll_wait(int epoll, epoll_event *events, int most, int timeout)
+    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD
+    uint32_t EPOLLIN, EPOLLOUT, EPOLLERR, EPOLLHUP
+
+cdef extern from *:
+    """
+    /* How CPython's PySSLContext begins (Modules/_ssl.h); the same in 3.11 to 3.14. */
+    typedef struct { PyObject_HEAD void *ctx; } derper_ssl_context;
+    """
+    ctypedef struct derper_ssl_context:
+        void *ctx
+
+
+# -- OpenSSL ----------------------------------------------------------------------------------------------------------
+
+ctypedef void *(*new_f)(const void *) noexcept nogil
+ctypedef void (*free_f)(void *) noexcept nogil
+ctypedef int (*state_f)(void *) noexcept nogil
+ctypedef int (*read_f)(void *, void *, int) noexcept nogil
+ctypedef int (*write_f)(void *, const void *, int) noexcept nogil
+ctypedef int (*get_error_f)(const void *, int) noexcept nogil
+ctypedef const char *(*text_f)(const void *) noexcept nogil
+ctypedef uint64_t (*options_f)(const void *) noexcept nogil
+ctypedef long (*ctrl_f)(void *, int, long, void *) noexcept nogil
+ctypedef void (*clear_f)() noexcept nogil
+ctypedef unsigned long (*code_f)() noexcept nogil
+ctypedef const char *(*reason_f)(unsigned long) noexcept nogil
+ctypedef void (*set_bio_f)(void *, void *, void *) noexcept nogil
+ctypedef void *(*meth_new_f)(int, const char *) noexcept nogil
+ctypedef int (*meth_set_read_f)(void *, read_f) noexcept nogil
+ctypedef int (*meth_set_ctrl_f)(void *, ctrl_f) noexcept nogil
+ctypedef void *(*new_socket_f)(int, int) noexcept nogil
+ctypedef void (*set_data_f)(void *, void *) noexcept nogil
+ctypedef void (*set_flags_f)(void *, int) noexcept nogil
+
+cdef struct OpenSSL:
+    new_f SSL_new, SSL_get_current_cipher, BIO_new, BIO_get_data
+    free_f SSL_free, SSL_set_accept_state
+    state_f SSL_do_handshake, SSL_shutdown, SSL_pending
+    read_f SSL_read
+    write_f SSL_write
+    get_error_f SSL_get_error
+    text_f SSL_get_version, SSL_CIPHER_get_name
+    options_f SSL_CTX_get_options
+    ctrl_f SSL_CTX_ctrl
+    set_bio_f SSL_set_bio
+    clear_f ERR_clear_error
+    code_f ERR_peek_last_error
+    reason_f ERR_reason_error_string
+    meth_new_f BIO_meth_new
+    meth_set_read_f BIO_meth_set_read
+    meth_set_ctrl_f BIO_meth_set_ctrl
+    new_socket_f BIO_new_socket
+    set_data_f BIO_set_data
+    set_flags_f BIO_set_flags, BIO_clear_flags, BIO_set_init
+
+cdef enum:  # of openssl/ssl.h and openssl/bio.h
+    SSL_ERROR_SSL = 1
+    SSL_ERROR_WANT_READ = 2
+    SSL_ERROR_WANT_WRITE = 3
+    SSL_ERROR_SYSCALL = 5
+    SSL_ERROR_ZERO_RETURN = 6
+    SSL_CTRL_MODE = 33
+    SSL_MODE_ENABLE_PARTIAL_WRITE = 0x01
+    SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER = 0x02
+    SSL_MODE_RELEASE_BUFFERS = 0x10
+    BIO_TYPE_SOURCE_SINK = 0x0400
+    BIO_CTRL_FLUSH = 11
+    BIO_NOCLOSE = 0
+    BIO_READ_AGAIN = 0x01 | 0x08  # BIO_FLAGS_READ | BIO_FLAGS_SHOULD_RETRY
+
+cdef OpenSSL openssl
+cdef void *inbox_method
+
+
+cdef void *_library() except NULL:
+    if sys.implementation.name != "cpython" or sys.platform != "linux" or ssl.OPENSSL_VERSION_INFO < (3,):
+        raise ImportError("this is for CPython with OpenSSL 3 on Linux")
+    path = getattr(_ssl, "__file__", None)
+    if path is None:
+        raise ImportError("OpenSSL is a part of this Python, and its functions cannot be found")
+    cdef bytes name = os.fsencode(path)
+    cdef void *library = dlopen(name, RTLD_NOW)
+    if library == NULL:
+        raise ImportError("Python's OpenSSL cannot be opened")
+    return library
+
+
+cdef void *_find(void *library, bytes name) except NULL:
+    cdef void *found = dlsym(library, name)
+    if found == NULL:
+        raise ImportError(f"Python's OpenSSL has no {name.decode()} that can be found")
+    return found
+
+
+cdef int _load() except -1:
+    global inbox_method
+    cdef void *library = _library()
+    openssl.SSL_new = <new_f>_find(library, b"SSL_new")
+    openssl.SSL_free = <free_f>_find(library, b"SSL_free")
+    openssl.SSL_set_bio = <set_bio_f>_find(library, b"SSL_set_bio")
+    openssl.SSL_set_accept_state = <free_f>_find(library, b"SSL_set_accept_state")
+    openssl.SSL_do_handshake = <state_f>_find(library, b"SSL_do_handshake")
+    openssl.SSL_shutdown = <state_f>_find(library, b"SSL_shutdown")
+    openssl.SSL_pending = <state_f>_find(library, b"SSL_pending")
+    openssl.SSL_read = <read_f>_find(library, b"SSL_read")
+    openssl.SSL_write = <write_f>_find(library, b"SSL_write")
+    openssl.SSL_get_error = <get_error_f>_find(library, b"SSL_get_error")
+    openssl.SSL_get_version = <text_f>_find(library, b"SSL_get_version")
+    openssl.SSL_get_current_cipher = <new_f>_find(library, b"SSL_get_current_cipher")
+    openssl.SSL_CIPHER_get_name = <text_f>_find(library, b"SSL_CIPHER_get_name")
+    openssl.SSL_CTX_get_options = <options_f>_find(library, b"SSL_CTX_get_options")
+    openssl.SSL_CTX_ctrl = <ctrl_f>_find(library, b"SSL_CTX_ctrl")
+    openssl.ERR_clear_error = <clear_f>_find(library, b"ERR_clear_error")
+    openssl.ERR_peek_last_error = <code_f>_find(library, b"ERR_peek_last_error")
+    openssl.ERR_reason_error_string = <reason_f>_find(library, b"ERR_reason_error_string")
+    openssl.BIO_meth_new = <meth_new_f>_find(library, b"BIO_meth_new")
+    openssl.BIO_meth_set_read = <meth_set_read_f>_find(library, b"BIO_meth_set_read")
+    openssl.BIO_meth_set_ctrl = <meth_set_ctrl_f>_find(library, b"BIO_meth_set_ctrl")
+    openssl.BIO_new = <new_f>_find(library, b"BIO_new")
+    openssl.BIO_new_socket = <new_socket_f>_find(library, b"BIO_new_socket")
+    openssl.BIO_set_data = <set_data_f>_find(library, b"BIO_set_data")
+    openssl.BIO_get_data = <new_f>_find(library, b"BIO_get_data")
+    openssl.BIO_set_init = <set_flags_f>_find(library, b"BIO_set_init")
+    openssl.BIO_set_flags = <set_flags_f>_find(library, b"BIO_set_flags")
+    openssl.BIO_clear_flags = <set_flags_f>_find(library, b"BIO_clear_flags")
+    inbox_method = openssl.BIO_meth_new(BIO_TYPE_SOURCE_SINK, b"inbox")
+    openssl.BIO_meth_set_read(inbox_method, _take)
+    openssl.BIO_meth_set_ctrl(inbox_method, _control)
+    return 0
+
+
+cdef struct Inbox:  # bytes that were received, and that OpenSSL has not taken yet
+    const char *at
+    Py_ssize_t size
+
+
+cdef int _take(void *bio, void *into, int most) noexcept nogil:
+    cdef Inbox *inbox = <Inbox *>openssl.BIO_get_data(bio)
+    openssl.BIO_clear_flags(bio, BIO_READ_AGAIN)
+    if inbox.size == 0:
+        openssl.BIO_set_flags(bio, BIO_READ_AGAIN)
+        return -1
+    if most > inbox.size:
+        most = <int>inbox.size
+    memcpy(into, inbox.at, most)
+    inbox.at += most
+    inbox.size -= most
+    return most
+
+
+cdef long _control(void *bio, int command, long number, void *pointer) noexcept nogil:
+    return command == BIO_CTRL_FLUSH
+
+
+_load()
+
+
+# -- connections ------------------------------------------------------------------------------------------------------
+
+cdef enum:
+    TURN = 128 << 10  # bytes received at a time; then others have their turn
+    EVENTS = 256  # connections handled in one turn of the loop
+    HIGH_WATER = 64 << 10  # bytes
+    CLOSE_SECONDS = 30  # for the other side to take what was written to it, and to close
+
+cdef enum State:
+    HANDSHAKE, OPEN, FLUSHING, LINGERING, CLOSED
+
+
+cdef class Context:
+    """An `ssl.SSLContext` for these connections; how it buffers is changed."""
+
+    cdef object context
+    cdef void *ctx
+
+    def __cinit__(self, context):
+        if not isinstance(context, ssl.SSLContext):
+            raise TypeError("a Context is made from an ssl.SSLContext")
+        self.context = context
+        self.ctx = (<derper_ssl_context *><PyObject *>context).ctx
+        if openssl.SSL_CTX_get_options(self.ctx) & 0xFFFFFFFF != int(context.options) & 0xFFFFFFFF:
+            raise RuntimeError("this Python has TLS contexts of another form")
+        openssl.SSL_CTX_ctrl(
+            self.ctx,
+            SSL_CTRL_MODE,
+            SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER | SSL_MODE_RELEASE_BUFFERS,
+            NULL,
+        )
+
+
+cdef class Poller:
+    """Tells connections what their sockets are ready for."""
+
+    cdef int epoll
+    cdef object loop
+    cdef dict transports  # descriptor -> Transport
+    cdef list again  # those that have more to read than one turn allows
+    cdef char *received
+    cdef char *clear
+
+    def __cinit__(self, loop):
+        self.epoll = -1
+        self.loop = loop
+        self.transports = {}
+        self.again = []
+        self.received = <char *>malloc(2 * TURN)
+        if self.received == NULL:
+            raise MemoryError
+        self.clear = self.received + TURN
+
+    def __dealloc__(self):
+        free(self.received)
+
+    cdef int _add(self, Transport transport) except -1:
+        if self.epoll < 0:
+            self.epoll = epoll_create1(EPOLL_CLOEXEC)
+            if self.epoll < 0:
+                raise OSError(errno, os.strerror(errno))
+            self.loop.add_reader(self.epoll, self._ready)
+        self._watch(EPOLL_CTL_ADD, transport.fd, EPOLLIN)
+        self.transports[transport.fd] = transport
+        return 0
+
+    cdef int _remove(self, Transport transport) except -1:
+        if self.transports.pop(transport.fd, None) is not None:
+            self._watch(EPOLL_CTL_DEL, transport.fd, 0)
+            if not self.transports:  # so nobody need close us
+                self.loop.remove_reader(self.epoll)
+                close(self.epoll)
+                self.epoll = -1
+        return 0
+
+    cdef int _watch(self, int operation, int fd, uint32_t interest) except -1:
+        cdef epoll_event event
+        event.events = interest
+        event.data.fd = fd
+        if epoll_ctl(self.epoll, operation, fd, &event) < 0:
+            raise OSError(errno, os.strerror(errno))
+        return 0
+
+    def _ready(self):
+        cdef epoll_event events[EVENTS]
+        cdef int count = epoll_wait(self.epoll, events, EVENTS, 0)
+        cdef int index
+        cdef Transport transport
+        for index in range(count):
+            transport = <Transport>self.transports.get(events[index].data.fd)
+            if transport is not None:
+                transport._handle(events[index].events)
+
+    cdef int _later(self, Transport transport) except -1:
+        if not self.again:
+            self.loop.call_soon(self._go_on)
+        self.again.append(transport)
+        return 0
+
+    def _go_on(self):
+        cdef Transport transport
+        waiting, self.again = self.again, []
+        for transport in waiting:
+            transport.is_waiting = False
+            if transport.state == OPEN and not transport.is_paused:
+                transport._handle(EPOLLIN)
+
+
+cdef class Transport:
+    """An asyncio transport for an accepted socket, which it owns from `start` on.
+
+    `done` is called once: with None when TLS is up and the protocol that `factory` made has been told so, or with the
+    exception that tells why not.  There is no time-out of the handshake: `abort` it.
+    """
+
+    cdef Poller poller
+    cdef Context context
+    cdef void *ssl
+    cdef object sock
+    cdef int fd
+    cdef State state
+    cdef bint is_buffered  # the protocol has buffers of its own
+    cdef bint is_paused  # the protocol wants no more bytes now
+    cdef bint is_waiting  # in the poller's list
+    cdef bint is_full  # the protocol was told to write no more
+    cdef uint32_t interest
+    cdef Inbox inbox
+    cdef char *held  # the inbox's bytes, while others use the shared buffer
+    cdef object factory
+    cdef object done
+    cdef object protocol
+    cdef list backlog  # of bytes that the socket does not take now
+    cdef Py_ssize_t backlog_size
+    cdef Py_ssize_t high
+    cdef Py_ssize_t low
+    cdef object timer
+    cdef object __weakref__
+
+    def __cinit__(self, Poller poller, Context context, sock, factory, done):
+        cdef void *incoming
+        cdef void *outgoing
+        self.poller = poller
+        self.context = context
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.factory = factory
+        self.done = done
+        self.interest = EPOLLIN
+        self.high = HIGH_WATER
+        self.low = HIGH_WATER // 4
+        self.ssl = openssl.SSL_new(context.ctx)
+        if self.ssl == NULL:
+            raise MemoryError
+        incoming, outgoing = openssl.BIO_new(inbox_method), openssl.BIO_new_socket(self.fd, BIO_NOCLOSE)
+        openssl.SSL_set_bio(self.ssl, incoming, outgoing)
+        if incoming == NULL or outgoing == NULL:
+            raise MemoryError
+        openssl.BIO_set_data(incoming, &self.inbox)
+        openssl.BIO_set_init(incoming, 1)
+        openssl.SSL_set_accept_state(self.ssl)
+
+    def __dealloc__(self):
+        if self.ssl != NULL:
+            openssl.SSL_free(self.ssl)
+        free(self.held)
+
+    def start(self):
+        """Begin the handshake, with what the client has sent already."""
+        self.poller._add(self)
+        self._handle(EPOLLIN)
+
+    # -- asyncio.Transport, for the protocol ---------------------------------------------------------------------------
+
+    def get_extra_info(self, name, default=None):
+        """`socket`, `peername`, `sockname`, `sslcontext`; `ssl_object` is this object."""
+        if name == "ssl_object":
+            return self
+        if name == "socket":
+            return self.sock
+        if name == "sslcontext":
+            return self.context.context
+        try:
+            if name == "peername":
+                return self.sock.getpeername()
+            if name == "sockname":
+                return self.sock.getsockname()
+        except OSError:
+            pass
+        return default
+
+    def version(self):
+        """As `ssl.SSLObject.version`, for example "TLSv1.3"."""
+        return openssl.SSL_get_version(self.ssl).decode()
+
+    def cipher(self):
+        """As `ssl.SSLObject.cipher`, without the number of bits."""
+        cdef void *cipher = openssl.SSL_get_current_cipher(self.ssl)
+        return None if cipher == NULL else (openssl.SSL_CIPHER_get_name(cipher).decode(), self.version(), None)
+
+    def set_protocol(self, protocol):
+        self.protocol = protocol
+        self.is_buffered = hasattr(protocol, "get_buffer")
+
+    def get_protocol(self):
+        return self.protocol
+
+    def is_closing(self):
+        return self.state > OPEN
+
+    def is_reading(self):
+        return self.state <= OPEN and not self.is_paused
+
+    def pause_reading(self):
+        if self.state == OPEN and not self.is_paused:
+            self.is_paused = True
+            self._want(self.interest & ~EPOLLIN)
+
+    def resume_reading(self):
+        if self.state == OPEN and self.is_paused:
+            self.is_paused = False
+            self._want(self.interest | EPOLLIN)
+            self._come_back()  # for what was received already
+
+    def set_write_buffer_limits(self, high=None, low=None):
+        if high is None:
+            high = HIGH_WATER if low is None else 4 * low
+        self.high = high
+        self.low = high // 4 if low is None else low
+        self._tell_protocol()
+
+    def get_write_buffer_limits(self):
+        return self.low, self.high
+
+    def get_write_buffer_size(self):
+        return self.backlog_size
+
+    def can_write_eof(self):
+        return False
+
+    def writelines(self, parts):
+        self.write(b"".join(parts))
+
+    cpdef write(self, data):
+        """Send bytes.  Their buffer may be used anew at once."""
+        cdef Py_buffer view
+        cdef Py_ssize_t size, sent
+        if self.state != OPEN:
+            return
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            size = view.len
+            sent = 0 if self.backlog_size else self._send(<char *>view.buf, size)
+            if 0 <= sent < size:
+                self._keep(PyBytes_FromStringAndSize(<char *>view.buf + sent, size - sent))
+        finally:
+            PyBuffer_Release(&view)
+
+    def close(self):
+        """Send what waits and say goodbye; close when the other side does so too."""
+        if self.state == HANDSHAKE:
+            self.abort()
+        elif self.state == OPEN:
+            self.state = FLUSHING
+            self.timer = self.poller.loop.call_later(CLOSE_SECONDS, self.abort)
+            self._flush()
+
+    def abort(self):
+        """Close now.  `done` is not called any more."""
+        self.done = None
+        self._end(None)
+
+    # -- events ----------------------------------------------------------------------------------------------------
+
+    cdef int _handle(self, uint32_t events) except -1:
+        try:
+            if events & EPOLLOUT:
+                self._writable()
+            if self.is_paused:
+                if events & (EPOLLERR | EPOLLHUP):
+                    self._end(ConnectionResetError("the connection was reset"))
+            elif events & (EPOLLIN | EPOLLERR | EPOLLHUP):
+                self._readable()
+        except Exception as error:  # of the protocol
+            self.poller.loop.call_exception_handler(
+                {"message": "Fatal error on a TLS connection", "exception": error, "transport": self}
+            )
+            self._end(error)
+        return 0
+
+    cdef int _readable(self) except -1:
+        if self.state > OPEN:
+            self._discard()
+        elif self.inbox.size or openssl.SSL_pending(self.ssl) or self._receive():
+            try:
+                if self.state == HANDSHAKE:
+                    self._handshake()
+                if self.state == OPEN and not self.is_paused:
+                    self._read()
+            finally:
+                self._hold()
+        return 0
+
+    cdef int _writable(self) except -1:
+        if self.state == HANDSHAKE:
+            self._handshake()
+        elif self.state == FLUSHING:
+            self._flush()
+        elif self.state == OPEN:
+            self._send_backlog()
+            if not self.backlog_size:
+                self._want(self.interest & ~EPOLLOUT)
+                self._come_back()  # it may have been for OpenSSL to read that there had to be room
+            self._tell_protocol()
+        return 0
+
+    cdef int _want(self, uint32_t interest) except -1:
+        if interest != self.interest and self.state != CLOSED:
+            self.interest = interest
+            self.poller._watch(EPOLL_CTL_MOD, self.fd, interest)
+        return 0
+
+    cdef int _come_back(self) except -1:
+        if not self.is_waiting:
+            self.is_waiting = True
+            self.poller._later(self)
+        return 0
+
+    # -- the handshake ----------------------------------------------------------------------------------------------
+
+    cdef int _handshake(self) except -1:
+        openssl.ERR_clear_error()
+        cdef int result = openssl.SSL_do_handshake(self.ssl)
+        if result == 1:
+            self._open()
+            return 0
+        cdef int error = openssl.SSL_get_error(self.ssl, result)
+        if error == SSL_ERROR_WANT_READ:
+            self._want(EPOLLIN)
+        elif error == SSL_ERROR_WANT_WRITE:
+            self._want(EPOLLOUT)
+        else:
+            self._end(_failure(error))
+        return 0
+
+    cdef int _open(self) except -1:
+        self.state = OPEN
+        self._want(EPOLLIN)
+        factory, self.factory = self.factory, None
+        done, self.done = self.done, None
+        self.set_protocol(factory())
+        self.protocol.connection_made(self)
+        done(None)
+        return 0
+
+    # -- bytes in -----------------------------------------------------------------------------------------------------
+
+    cdef bint _receive(self) except -1:
+        """Whether something came into the shared buffer."""
+        cdef ssize_t size = recv(self.fd, self.poller.received, TURN, 0)
+        if size > 0:
+            self.inbox.at = self.poller.received
+            self.inbox.size = size
+            return True
+        if size == 0:
+            self._end(_closed_early() if self.state == HANDSHAKE else None)
+        elif errno != EAGAIN and errno != EINTR:
+            self._end(OSError(errno, os.strerror(errno)))
+        return False
+
+    cdef int _hold(self) except -1:
+        """The shared buffer is for the next connection: keep what is left in it."""
+        if self.inbox.size == 0:
+            free(self.held)
+            self.held = NULL
+        elif self.held == NULL:
+            self.held = <char *>malloc(self.inbox.size)
+            if self.held == NULL:
+                raise MemoryError
+            memcpy(self.held, self.inbox.at, self.inbox.size)
+            self.inbox.at = self.held
+        return 0
+
+    cdef int _read(self) except -1:
+        cdef int end = 0
+        if self.is_buffered:
+            self._read_into_protocol(&end)
+        else:
+            self._read_copied(&end)
+        if self.state != OPEN or end == SSL_ERROR_WANT_READ:
+            return 0
+        if end == 0:
+            if not self.is_paused:
+                self._come_back()
+        elif end == SSL_ERROR_WANT_WRITE:
+            self._want(self.interest | EPOLLOUT)
+        elif end == SSL_ERROR_ZERO_RETURN:
+            self.protocol.eof_received()
+            self.close()
+        else:
+            self._end(_failure(end))
+        return 0
+
+    cdef int _read_into_protocol(self, int *end) except -1:
+        cdef Py_buffer view
+        PyObject_GetBuffer(self.protocol.get_buffer(-1), &view, PyBUF_WRITABLE)
+        cdef Py_ssize_t size = self._fill(<char *>view.buf, view.len, end)
+        PyBuffer_Release(&view)
+        if size:
+            self.protocol.buffer_updated(size)
+        return 0
+
+    cdef int _read_copied(self, int *end) except -1:
+        cdef Py_ssize_t size = self._fill(self.poller.clear, TURN, end)
+        if size:
+            self.protocol.data_received(PyBytes_FromStringAndSize(self.poller.clear, size))
+        return 0
+
+    cdef Py_ssize_t _fill(self, char *into, Py_ssize_t space, int *end) except -1:
+        """Decrypt what has come.  `end` is OpenSSL's reason to stop, 0 if only the space was too small."""
+        cdef Py_ssize_t total = 0
+        cdef int size
+        openssl.ERR_clear_error()
+        while total < space:
+            size = openssl.SSL_read(self.ssl, into + total, <int>min(space - total, 1 << 30))
+            if size <= 0:
+                end[0] = openssl.SSL_get_error(self.ssl, size)
+                break
+            total += size
+        return total
+
+    # -- bytes out ----------------------------------------------------------------------------------------------------
+
+    cdef Py_ssize_t _send(self, const char *data, Py_ssize_t size) except -2:
+        """How many bytes OpenSSL has taken; -1 if the connection is lost.  It must get the rest as it is."""
+        cdef Py_ssize_t total = 0
+        cdef int sent, error
+        openssl.ERR_clear_error()
+        while total < size:
+            sent = openssl.SSL_write(self.ssl, data + total, <int>min(size - total, 1 << 30))
+            if sent <= 0:
+                error = openssl.SSL_get_error(self.ssl, sent)
+                if error != SSL_ERROR_WANT_WRITE and error != SSL_ERROR_WANT_READ:
+                    self._end(_failure(error))
+                    return -1
+                break
+            total += sent
+        return total
+
+    cdef int _keep(self, bytes rest) except -1:
+        if self.backlog is None:
+            self.backlog = []
+        self.backlog.append(rest)
+        self.backlog_size += PyBytes_GET_SIZE(rest)
+        self._want(self.interest | EPOLLOUT)
+        self._tell_protocol()
+        return 0
+
+    cdef int _send_backlog(self) except -1:
+        cdef Py_ssize_t sent
+        cdef bytes part
+        cdef int done = 0
+        for part in self.backlog or ():
+            sent = self._send(PyBytes_AS_STRING(part), PyBytes_GET_SIZE(part))
+            if sent < 0:
+                return 0
+            self.backlog_size -= sent
+            if sent < PyBytes_GET_SIZE(part):
+                self.backlog[done] = part[sent:]
+                break
+            done += 1
+        if self.backlog_size:
+            del self.backlog[:done]
+        else:
+            self.backlog = None
+        return 0
+
+    cdef int _tell_protocol(self) except -1:
+        if self.state == OPEN:
+            if self.backlog_size > self.high and not self.is_full:
+                self.is_full = True
+                self.protocol.pause_writing()
+            elif self.backlog_size <= self.low and self.is_full:
+                self.is_full = False
+                self.protocol.resume_writing()
+        return 0
+
+    # -- the end --------------------------------------------------------------------------------------------------------
+
+    cdef int _flush(self) except -1:
+        """Send what waits, then the goodbye.  Then wait for the other side: to close on unread bytes would be a reset,
+        which destroys what is on its way."""
+        self._send_backlog()
+        if self.state != FLUSHING:
+            return 0
+        openssl.ERR_clear_error()
+        cdef int result = 0 if self.backlog_size else openssl.SSL_shutdown(self.ssl)
+        if self.backlog_size or (
+            result < 0 and openssl.SSL_get_error(self.ssl, result) == SSL_ERROR_WANT_WRITE
+        ):
+            self._want(EPOLLOUT)
+            return 0
+        self.state = LINGERING
+        self.is_paused = False
+        shutdown(self.fd, SHUT_WR)
+        self._want(EPOLLIN)
+        self._discard()
+        return 0
+
+    cdef int _discard(self) except -1:
+        cdef ssize_t size = recv(self.fd, self.poller.clear, TURN, 0)
+        if size == 0 or (size < 0 and errno != EAGAIN and errno != EINTR):
+            self._end(None)
+        return 0
+
+    cdef int _end(self, error) except -1:
+        if self.state != CLOSED:
+            self.state = CLOSED
+            self.poller._remove(self)
+            if self.timer is not None:
+                self.timer.cancel()
+                self.timer = None
+            self.poller.loop.call_soon(self._finish, error)
+        return 0
+
+    def _finish(self, error):
+        protocol, self.protocol = self.protocol, None
+        done, self.done = self.done, None
+        self.factory = self.backlog = None
+        try:
+            if done is not None:
+                done(error or _closed_early())
+            if protocol is not None:
+                protocol.connection_lost(error)
+        finally:
+            self.sock.close()
+
+
+cdef object _closed_early():
+    return ConnectionResetError("the client closed the connection during the handshake")
+
+
+cdef object _failure(int error):
+    """The exception for what OpenSSL says of the connection; None if it ended without a goodbye."""
+    cdef unsigned long code = openssl.ERR_peek_last_error()
+    cdef const char *reason = openssl.ERR_reason_error_string(code) if code else NULL
+    openssl.ERR_clear_error()
+    if error == SSL_ERROR_SYSCALL:
+        return OSError(errno, os.strerror(errno)) if errno else None
+    return ssl.SSLError(error, "TLS failed" if reason == NULL else reason.decode())

@@ -1,0 +1,63 @@
+"""Which transports carry accepted connections: for TLS our own where they are built, else the event loop's."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Callable
+
+try:
+    from . import tlsio
+except ImportError:  # not compiled, or there is no OpenSSL that it can use
+    tlsio = None  # type: ignore[assignment]
+
+__all__ = ["Transports"]
+
+
+class Transports:
+    """Makes the transports of one event loop.  `contexts` may be dropped when they are not used any more: they are
+    kept only as long as their connections."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._poller = None if tlsio is None else tlsio.Poller(loop)
+        self._last: tuple[ssl.SSLContext, tlsio.Context] | None = None
+
+    def open(
+        self,
+        sock: socket.socket,
+        context: ssl.SSLContext | None,
+        factory: Callable[[], asyncio.BaseProtocol],
+        done: Callable[[Exception | None], None],
+    ) -> Callable[[], object]:
+        """Begin a connection on an accepted socket, with TLS if there is a context.  The socket is the transport's now.
+
+        `done` is called once: with None when the protocol that `factory` made has its transport, else with the reason
+        why not.  Returns what gives up the handshake, of which there is no time-out; then nothing is called.
+        """
+        if context is None or self._poller is None:
+            return self._loop.create_task(self._on_loop(sock, context, factory, done)).cancel
+        transport = tlsio.Transport(self._poller, self._context(context), sock, factory, done)
+        transport.start()
+        return transport.abort
+
+    def _context(self, context: ssl.SSLContext) -> tlsio.Context:
+        if self._last is None or self._last[0] is not context:
+            self._last = context, tlsio.Context(context)
+        return self._last[1]
+
+    async def _on_loop(
+        self,
+        sock: socket.socket,
+        context: ssl.SSLContext | None,
+        factory: Callable[[], asyncio.BaseProtocol],
+        done: Callable[[Exception | None], None],
+    ) -> None:
+        try:
+            await self._loop.connect_accepted_socket(factory, sock, ssl=context)
+        except (OSError, ssl.SSLError) as error:
+            sock.close()
+            done(error)
+        else:
+            done(None)
