@@ -187,7 +187,7 @@ class Relay:
         """Open what can be opened; called again when files arrive."""
         state = self.state
         if self.hub is None and state.private_key is not None:
-            self.hub = Hub(state.private_key, self.admission, rng=self._rng)
+            self.hub = Hub(state.private_key, self.admission)
             self.mesh = Mesh(self.hub, rng=self._rng, timings=self._timings.mesh)
             self.hub.mesh_peer_seen = self.mesh.seen
             self.tls = ServerTLS(state.private_key.public.hex(), names_only=not self.config.settings)

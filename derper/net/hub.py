@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
@@ -22,6 +20,7 @@ from .admission import Admission
 from .roundtrips import RoundTrips
 from .sockets import tells_tcp_info
 from .stalls import Stalls
+from .turns import Turns
 
 if TYPE_CHECKING:
     from .link import Link
@@ -30,7 +29,7 @@ __all__ = ["Hub"]
 
 log = logging.getLogger("derper")
 
-_KEEP_ALIVE_JITTER: Final = 5  # seconds
+_KEEP_ALIVES: Final = range(int(KEEP_ALIVE_SECONDS), int(KEEP_ALIVE_SECONDS) + 6)  # seconds between two
 _TICK: Final = 1.0
 _LOOK: Final = 0.1  # seconds between looks for stalled clients
 _INFOS: Final = 64  # client infos to remember
@@ -38,47 +37,10 @@ _INFO_BYTES: Final = 256  # of the longest such
 _READ_BUFFER: Final = 2 * MAX_CLIENT_INFO  # the longest frame that must be held whole, and as much again to read into
 
 
-@dataclass(slots=True)
-class _Wheel:
-    """Keep-alive times: every session sits in one slot, and a slot comes up once per turn.
-
-    Each session has its own period of 60 to 65 seconds, so that clients that came together drift apart.
-    """
-
-    slots: list[set[Session]] = field(
-        default_factory=lambda: [set() for _ in range(int(KEEP_ALIVE_SECONDS) + _KEEP_ALIVE_JITTER + 1)]
-    )
-    position: int = 0
-    places: dict[Session, tuple[int, int]] = field(default_factory=dict)  # session -> (slot, period)
-
-    def add(self, session: Session, jitter: int) -> None:
-        self._place(session, int(KEEP_ALIVE_SECONDS) + jitter)
-
-    def remove(self, session: Session) -> None:
-        place = self.places.pop(session, None)
-        if place is not None:
-            self.slots[place[0]].discard(session)
-
-    def turn(self) -> Iterable[Session]:
-        self.position = (self.position + 1) % len(self.slots)
-        due = self.slots[self.position]
-        self.slots[self.position] = set()
-        for session in due:
-            self._place(session, self.places[session][1])
-        return due
-
-    def _place(self, session: Session, period: int) -> None:
-        slot = (self.position + period) % len(self.slots)
-        self.slots[slot].add(session)
-        self.places[session] = (slot, period)
-
-
 class Hub:
     """One relay's connections.  Create it inside the running loop, `start` it once, `stop` it at the end."""
 
-    def __init__(
-        self, private_key: NodePrivate, admission: Admission, *, rng: random.Random, limits: Limits | None = None
-    ) -> None:
+    def __init__(self, private_key: NodePrivate, admission: Admission, *, limits: Limits | None = None) -> None:
         self.private_key = private_key
         self.admission = admission
         self.mesh_keys: MeshKeys | None = None
@@ -101,8 +63,9 @@ class Hub:
         #: told the server key and the address of every mesh peer that logs in
         self.mesh_peer_seen: Callable[[bytes, str], None] | None = None
         self._known_info = lru_cache(_INFOS)(handshake.read_client_info)
-        self._rng = rng
-        self._wheel = _Wheel()
+        # Each client has its own period, so that clients that came together drift apart.
+        self._keep_alives = tuple(Turns[Session](seconds) for seconds in _KEEP_ALIVES)
+        self._ticks = 0
         self._timer: asyncio.TimerHandle | None = None
         self._look_timer: asyncio.TimerHandle | None = None
 
@@ -147,21 +110,31 @@ class Hub:
         """A client has logged in."""
         session.set_bucket(self.limits.client_bucket(session.connected_at))
         self.router.register(session)
-        self._wheel.add(session, int(self._rng.random() * (_KEEP_ALIVE_JITTER + 1)))
+        self._keep_alives_of(session).add(session, self._ticks)
         if session.can_mesh and self.mesh_peer_seen is not None:
             self.mesh_peer_seen(session.key, str(session.remote.ip))
 
     def leave(self, session: Session) -> None:
         """A client's connection is gone."""
-        self._wheel.remove(session)
+        self._keep_alives_of(session).remove(session)
         self.router.unregister(session)
         session.close()
 
+    def _keep_alives_of(self, session: Session) -> Turns[Session]:
+        return self._keep_alives[session.key[0] % len(self._keep_alives)]  # a key is as good as random
+
+    @property
+    def kept_alive(self) -> int:
+        """How many clients get keep-alives."""
+        return sum(map(len, self._keep_alives))
+
     def _tick(self) -> None:
         self._timer = self.loop.call_later(_TICK, self._tick)
+        self._ticks += 1
         keep_alive = frames.keep_alive()
-        for session in self._wheel.turn():
-            session.control(keep_alive)
+        for turns in self._keep_alives:
+            for session in turns.due(self._ticks):
+                session.control(keep_alive)
         self.round_trips.sample(self.clock())
 
     def _look(self) -> None:

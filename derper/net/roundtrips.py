@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
 from ..relay.counters import Counters
+from .turns import Turns
 
 if TYPE_CHECKING:
     from .link import Link
@@ -32,7 +32,7 @@ class RoundTrips:
     def __init__(self, counters: Counters) -> None:
         self.enabled = True
         self._counters = counters
-        self._due: OrderedDict[Link, float] = OrderedDict()  # all have the same interval: the next one is in front
+        self._turns: Turns[Link] = Turns(_INTERVAL)
 
     def follow(self, link: Link, now: float) -> None:
         """A client logged in."""
@@ -41,28 +41,28 @@ class RoundTrips:
         if link.is_websocket or link.tcp_descriptor is None:  # as stock derper, which does not look through a WebSocket
             self._counters.tcp_rtt["non-tcp"] += 1
         else:
-            self._due[link] = now + _INTERVAL
+            self._turns.add(link, now)
+
+    @property
+    def followed(self) -> int:
+        """How many clients are measured."""
+        return len(self._turns)
 
     def forget(self, link: Link) -> None:
         """It is closed."""
-        self._due.pop(link, None)
+        self._turns.remove(link)
 
     def sample(self, now: float) -> None:
         """Measure those whose turn it is.  Call it every second.
 
         Clients that came all at once are spread over the interval, so that no packet waits for all of them.
         """
-        for _ in range(max(_AT_ONCE, len(self._due) // _SHARE)):
-            link, due = next(iter(self._due.items()), (None, now))
-            if link is None or due > now:
-                return
+        for link in self._turns.due(now, max(_AT_ONCE, len(self._turns) // _SHARE)):
             info = link.tcp_info()
             if info is None:
-                del self._due[link]
+                self._turns.remove(link)
             else:
                 self._counters.tcp_rtt[_label(info.round_trip)] += 1
-                self._due[link] = now + _INTERVAL
-                self._due.move_to_end(link)
 
 
 def _label(seconds: float) -> str:

@@ -246,7 +246,10 @@ class Router:
 
     def note_source(self, session: Session, source: bytes) -> None:
         """`session` is about to get a packet from `source`: tell it when that one leaves the region."""
-        session.sources.add(source)
+        if session.sources:
+            session.sources.add(source)
+        else:
+            session.sources = {source}
         self._interested.setdefault(source, set()).add(session)
 
     def interested(self) -> ItemsView[bytes, set[Session]]:

@@ -53,6 +53,7 @@ _CHATTER_READ: Final = 2 << 10  # bytes to read at a time from a client that sen
 _HOME_MOVE_AFTER: Final = 5.0  # seconds; an earlier NOTE_PREFERRED is part of connecting, not a move
 _PEER_GONE_RATE: Final = 1.0
 _PEER_GONE_BURST: Final = 3.0
+_NOBODY: Final[set[bytes]] = set()  # shared by all who have received nothing; it is replaced, never filled
 
 
 class Sink(Protocol):
@@ -138,7 +139,7 @@ class Session:
         self.is_duplicate = False  # another session has the same key
         self.closed = False
         self.paused_since: float | None = None  # when the socket became full
-        self.sources: set[bytes] = set()  # keys that sent packets to this client
+        self.sources = _NOBODY  # keys that sent packets to this client
         self._skip = 0  # bytes of an unknown frame that are still to come
         self._left = 0  # bytes that `receive` did not use
         self._bucket: TokenBucket | None = None

@@ -55,7 +55,7 @@ class WatchedRelay(Relay):
             "memory": procfs.memory().resident,
             "links": len(hub.links) + len(hub.paused) + len(listener._arrivals),
             "clients": len(router.active),
-            "tables": len(router.watchers) + len(router._duplicates) + len(router._interested) + len(hub._wheel.places),
+            "tables": len(router.watchers) + len(router._duplicates) + len(router._interested) + hub.kept_alive,
             "accepted": listener.accepted,
             "rejected": listener.rejected,
             "tls_errors": listener.tls_errors,

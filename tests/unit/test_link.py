@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import random
 from collections.abc import Callable
 
 import pytest
@@ -15,13 +14,14 @@ from hypothesis import strategies as st
 from derper.net import link as link_module
 from derper.net.admission import Address, Admission
 from derper.net.doorman import Doorman, Reception
-from derper.net.hub import Hub, _Wheel
+from derper.net.hub import Hub
 from derper.net.link import Link
 from derper.relay.admission import AdmissionPolicy
 from derper.relay.counters import DropReason
 from derper.relay.limits import Limits
 from derper.relay.session import Session
 from derper.wire import frames, handshake
+from derper.wire.client import KeepAlive
 from derper.wire.frames import HEADER, FrameType
 from derper.wire.handshake import ClientInfo
 from derper.wire.keys import MeshKey, MeshKeys, NodePrivate, NodePublic
@@ -342,15 +342,18 @@ async def test_packets_for_a_client_that_is_just_being_dropped_are_counted(node:
     assert (counters.packets_sent, counters.packets_dropped[DropReason.GONE_DISCONNECTED, False]) == (0, 1)
 
 
-@pytest.mark.parametrize("jitter", range(6))
-def test_keep_alives_come_once_in_60_to_65_seconds(jitter: int) -> None:
-    wheel, session = _Wheel(), Bench().client(1).session
-    wheel.add(session, jitter)
-    due = [second for second in range(1, 1000) if session in list(wheel.turn())]
-    assert due == list(range(60 + jitter, 1000, 60 + jitter))
-    wheel.remove(session)
-    assert not any(wheel.slots)
-    assert not wheel.places
+@pytest.mark.parametrize("first", range(7))
+async def test_keep_alives_come_once_in_60_to_65_seconds(first: int) -> None:
+    hub, client = Hub(private(0xF0), Admission(AdmissionPolicy(is_open=True))), Bench().client(first)
+    hub.join(client.session)
+    due = []
+    for second in range(1, 1000):
+        hub._tick()
+        due += [second for event in client.received() if event == KeepAlive()]
+    assert due == list(range(60 + first % 6, 1000, 60 + first % 6))
+    hub.leave(client.session)
+    assert hub.kept_alive == 0
+    hub.stop()
 
 
 # -- any split of the login and what follows, without sockets
@@ -400,7 +403,7 @@ class FakeTransport(asyncio.Transport):
 
 def conversation(pieces: list[bytes]) -> tuple[bool, list[object]]:
     """What a client gets for these bytes: whether it was closed, and the events behind the login."""
-    hub = Hub(private(0xF0), Admission(AdmissionPolicy(is_open=True)), rng=random.Random(1))
+    hub = Hub(private(0xF0), Admission(AdmissionPolicy(is_open=True)))
     transport = FakeTransport()
     first = Doorman(Reception(hub, lambda *_: pytest.fail("no DERP")))
     transport.set_protocol(first)
@@ -508,7 +511,7 @@ async def test_a_thousand_clients_leave_nothing(tls: bool) -> None:
 
 
 async def test_clients_that_say_the_same_share_it() -> None:
-    hub = Hub(private(0xF0), Admission(AdmissionPolicy(is_open=True)), rng=random.Random(1))
+    hub = Hub(private(0xF0), Admission(AdmissionPolicy(is_open=True)))
     short, long = b'{"version":2}', b'{"AppName":"' + b"x" * 256 + b'"}'
     assert hub.read_client_info(bytes(short)) is hub.read_client_info(short)
     assert hub.read_client_info(long) == hub.read_client_info(long)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -144,7 +143,7 @@ class HTTPSink(asyncio.Protocol):
 
 def _hub() -> Hub:
     async def make() -> Hub:
-        return Hub(PlainPrivate(SERVER), Admission(AdmissionPolicy(is_open=True)), rng=random.Random(1))
+        return Hub(PlainPrivate(SERVER), Admission(AdmissionPolicy(is_open=True)))
 
     loop = asyncio.new_event_loop()
     try:

@@ -57,7 +57,7 @@ def _outcome(pieces: list[bytes]) -> tuple[bytes, bytes, bool]:
     stranger.leaves()
     assert not hub.links
     assert not hub.router.active
-    assert not hub._wheel.places
+    assert not hub.kept_alive
     assert not stranger.timers.alive, "a timer outlives its connection"
     return DATE.sub(b"", wire.written), http, ended
 

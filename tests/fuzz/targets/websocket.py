@@ -41,7 +41,7 @@ def _converse(pieces: list[bytes]) -> bytes:
     stranger.leaves()
     assert not stranger.hub.links
     assert not stranger.hub.router.active
-    assert not stranger.hub._wheel.places
+    assert not stranger.hub.kept_alive
     assert not stranger.timers.alive, "a timer outlives its connection"
     return bytes(stranger.wire.written)
 
