@@ -124,6 +124,16 @@ class Client:
         """Close now; who waits in `receive` gets a ConnectionError."""
         self._transport.abort()
 
+    def detach(self, protocol: asyncio.BaseProtocol) -> tuple[asyncio.Transport, bytes]:
+        """Give the connection to another protocol; the client is of no use any more.
+
+        Returns its transport, and the start of a frame that has not come whole.  Events that wait are lost.  Raises
+        ConnectionError if the connection has ended.
+        """
+        unused = self._protocol.release()
+        self._transport.set_protocol(protocol)
+        return self._transport, unused
+
     async def close(self) -> None:
         """Close and wait until it is closed."""
         self._transport.abort()
@@ -279,6 +289,14 @@ class _Protocol(asyncio.Protocol):
 
     async def wait_closed(self) -> None:
         await asyncio.shield(self._closed)
+
+    def release(self) -> bytes:
+        """Somebody else reads from now on: what was read in vain."""
+        if self.closed_because is not None:
+            raise ConnectionError(self.closed_because)
+        if self._is_held:
+            self.transport.resume_reading()
+        return b"" if self._wire is None else self._wire.unused
 
     # -- asyncio.Protocol
 

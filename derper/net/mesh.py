@@ -13,28 +13,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Final
 
 from ..client import Client, DialError, Endpoint, Options, dial_endpoint
-from ..relay.counters import Counters, DropReason
-from ..relay.runs import forward_parts
-from ..wire import frames
-from ..wire.client import PeerGone, PeerPresent, Ping
+from ..relay.follower import Follower
 from ..wire.keys import NodePublic
 from .hub import Hub
 from .listener import SocketOptions
+from .meshlink import MeshLink, PeerConnection
 
-__all__ = ["Mesh", "MeshLink", "Peer", "PeerStatus", "Timings"]
+__all__ = ["Mesh", "Peer", "PeerStatus", "Timings"]
 
 log = logging.getLogger("derper")
-
-_HIGH_WATER: Final = 1 << 20
-_QUEUE_PACKETS: Final = 1024
-_AT_ONCE: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,89 +65,6 @@ class PeerStatus:
     def queued(self) -> int:
         """Packets that wait for the peer to read."""
         return self.link.queued if self.link is not None else 0
-
-
-class MeshLink:
-    """The way to a peer's clients.
-
-    What all clients send to the peer in one turn of the loop leaves together, at the turn's end.  While the socket is
-    full, at most `_QUEUE_PACKETS` wait, the oldest goes first.  `stalled` is called when the socket stays full for
-    `stall` seconds.  `close` it once, when the connection is gone.
-    """
-
-    def __init__(
-        self,
-        client: Client,
-        counters: Counters,
-        loop: asyncio.AbstractEventLoop,
-        *,
-        stall: float,
-        stalled: Callable[[], None],
-    ) -> None:
-        self._client = client
-        self._counters = counters
-        self._loop = loop
-        self._parts: deque[bytes] = deque()  # two for each packet: the head of its FORWARD_PACKET, and the packet
-        self._stall = stall
-        self._stalled = stalled
-        self._timer: asyncio.TimerHandle | None = None
-        self._flush: asyncio.Handle | None = None
-        client.set_high_water(_HIGH_WATER)
-        client.on_writable(self._writable)
-
-    def forward(self, src: bytes, dst: bytes, chunk: bytes, now: float) -> None:
-        """Send the packets of a run of RECV_PACKET frames from `src` to `dst`, who is at the peer."""
-        parts = self._parts
-        parts.extend(forward_parts(src, dst, chunk))
-        if not self._client.writable:
-            while len(parts) > 2 * _QUEUE_PACKETS:
-                self._drop_oldest(DropReason.QUEUE_HEAD)
-        elif len(parts) >= 2 * _AT_ONCE:
-            self._send()
-        elif self._flush is None:
-            self._flush = self._loop.call_soon(self._turn_ended)
-
-    @property
-    def queued(self) -> int:
-        """Packets that wait."""
-        return len(self._parts) // 2
-
-    def close(self) -> None:
-        """The connection is gone, and with it what waited."""
-        self._stop_timer()
-        if self._flush is not None:
-            self._flush.cancel()
-        while self._parts:
-            self._drop_oldest(DropReason.GONE_DISCONNECTED)
-
-    def _turn_ended(self) -> None:
-        self._flush = None
-        if self._client.writable:
-            self._send()
-
-    def _send(self) -> None:
-        waiting = b"".join(self._parts)
-        self._counters.packets_forwarded_out += self.queued
-        self._parts.clear()
-        if waiting:
-            self._client.write(waiting)
-
-    def _drop_oldest(self, reason: DropReason) -> None:
-        self._parts.popleft()
-        packet = self._parts.popleft()
-        self._counters.drop(reason, frames.is_disco(packet), len(packet))
-
-    def _writable(self, writable: bool) -> None:
-        self._stop_timer()
-        if not writable:
-            self._timer = self._loop.call_later(self._stall, self._stalled)
-        else:
-            self._send()
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
 
 class Mesh:
@@ -264,7 +173,6 @@ class _Dialer:
             raise DialError("derp", "there is no mesh key yet")
         options = Options(
             mesh_key=keys.current,
-            watch=True,
             server_key=self.peer.server_key,
             prepare=self._timings.sockets.apply,
             dial_seconds=self._timings.dial,
@@ -283,43 +191,44 @@ class _Dialer:
 
         A peer that accepts the mesh key names its clients at once, us among them; only then are we connected.
         """
-        timings = self._timings
-        link = MeshLink(client, self._hub.counters, self._hub.loop, stall=timings.stall, stalled=client.abort)
-        self._last_key = client.server_key
-        present: set[bytes] = set()
+        hub, server_key = self._hub, client.server_key
+        self._last_key = server_key
         try:
-            while True:
-                async with asyncio.timeout(timings.silence):
-                    event = await client.receive()
-                if not self.status.connected:
-                    self.status = PeerStatus(connected=True, since=datetime.now(UTC), link=link)
-                    log.info("mesh: connected to %s (%s)", self.peer.name, client.server_key.short())
-                self._follow(event, client, link, present)
-                self.status.clients = len(present)
-        except TimeoutError:
-            self._note(f"nothing heard for {timings.silence:.0f} s")
+            connection = PeerConnection(hub, client)
         except ConnectionError as error:
-            refused = "" if self.status.connected else " when asked for its clients; is its mesh key the same?"
-            self._note(f"{error}{refused}")
+            self._ended(str(error))
+            return
+        link = MeshLink(connection, hub.counters, hub.loop, stall=self._timings.stall, stalled=connection.abort)
+        ignored = frozenset((bytes(hub.private_key.public), bytes(server_key)))
+        follower = Follower(hub.router, link, ignored, connection.write)
+        connection.watch(follower, lambda: self._heard(server_key, link, follower))
+        try:
+            await self._until_silent(connection)
+            self._ended(connection.closed_because or f"nothing heard for {self._timings.silence:.0f} s")
         finally:
-            for key in present:
-                self._hub.router.remove_forwarder(key, link)
+            follower.close()
             link.close()
             self.status = PeerStatus(error=self.status.error)
-            await client.close()
+            connection.abort()
+            await asyncio.wait([connection.closed])
 
-    def _follow(self, event: object, client: Client, link: MeshLink, present: set[bytes]) -> None:
-        router = self._hub.router
-        if isinstance(event, PeerPresent):
-            if event.peer not in (self._hub.private_key.public, client.server_key):
-                present.add(event.peer)
-                router.add_forwarder(event.peer, link)
-        elif isinstance(event, PeerGone):
-            if event.peer in present:
-                present.discard(event.peer)
-                router.remove_forwarder(event.peer, link)
-        elif isinstance(event, Ping):
-            client.write(frames.pong(event.data))
+    def _ended(self, why: str) -> None:
+        refused = "" if self.status.connected else " when asked for its clients; is its mesh key the same?"
+        self._note(f"{why}{refused}")
+
+    def _heard(self, server_key: NodePublic, link: MeshLink, follower: Follower) -> None:
+        if not self.status.connected:
+            self.status = PeerStatus(connected=True, since=datetime.now(UTC), link=link)
+            log.info("mesh: connected to %s (%s)", self.peer.name, server_key.short())
+        self.status.clients = len(follower.present)
+
+    async def _until_silent(self, connection: PeerConnection) -> None:
+        """Returns when the connection is closed, or nothing was heard for too long."""
+        while not connection.closed.done():
+            left = connection.heard_at + self._timings.silence - self._hub.clock()
+            if left <= 0:
+                return
+            await asyncio.wait([connection.closed], timeout=left)
 
     def _note(self, error: str) -> None:
         if error != self.status.error:

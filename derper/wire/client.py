@@ -148,6 +148,11 @@ class ClientConnection:
         """The server's public key, once it is known."""
         return self._server_key
 
+    @property
+    def unused(self) -> bytes:
+        """The start of a frame that has not come whole."""
+        return bytes(self._buffer)
+
     def data_to_send(self) -> bytes:
         """Bytes that the login wants written; call it at the start and after `receive_data`."""
         data = b"".join(self._out)

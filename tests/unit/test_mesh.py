@@ -14,9 +14,10 @@ import pytest
 
 from derper import certs
 from derper.client import Client
-from derper.net import mesh as mesh_module
+from derper.net import meshlink
 from derper.net.listener import SocketOptions
-from derper.net.mesh import Mesh, MeshLink, Peer, Timings
+from derper.net.mesh import Mesh, Peer, Timings
+from derper.net.meshlink import MeshLink
 from derper.relay.counters import Counters, DropReason
 from derper.wire import frames
 from derper.wire.client import PeerGone, ReceivedPacket
@@ -352,37 +353,31 @@ async def test_the_socket_of_a_link_notices_a_dead_peer(nodes: list[Node]) -> No
 # -- a link that is full
 
 
-class FakeClient:
-    """A client whose socket the test fills."""
+class FakeConnection:
+    """A connection whose socket the test fills."""
 
     def __init__(self) -> None:
         self.writable = True
         self.written: list[bytes] = []
-        self.changed: Any = None
+        self.on_writable: Any = None
 
     def write(self, data: bytes) -> None:
         self.written.append(data)
 
-    def on_writable(self, changed: Any) -> None:
-        self.changed = changed
-
-    def set_high_water(self, size: int) -> None:
-        assert size == 1 << 20
-
     def fill(self, full: bool) -> None:
         self.writable = not full
-        self.changed(not full)
+        self.on_writable(not full)
 
 
 class FullLink:
-    """A link on such a client, and what it counts."""
+    """A link on such a connection, and what it counts."""
 
     def __init__(self, stall: float = 1000.0) -> None:
-        self.client = FakeClient()
+        self.connection = FakeConnection()
         self.counters = Counters()
         self.stalled = asyncio.Event()
         self.link = MeshLink(
-            self.client,  # type: ignore[arg-type]
+            self.connection,  # type: ignore[arg-type]
             self.counters,
             asyncio.get_running_loop(),
             stall=stall,
@@ -402,43 +397,43 @@ FORWARDED = [frames.forward_packet(key(1), key(2), packet) for packet in PACKETS
 
 async def test_a_full_link_keeps_the_newest_packets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each packet is counted once: when it leaves, or when it is dropped."""
-    monkeypatch.setattr(mesh_module, "_QUEUE_PACKETS", 3)
+    monkeypatch.setattr(meshlink, "_QUEUE_PACKETS", 3)
     full = FullLink()
     full.forward(*PACKETS)
     await asyncio.sleep(0)
-    assert full.client.written == [b"".join(FORWARDED)]
-    full.client.written.clear()
-    full.client.fill(True)
+    assert full.connection.written == [b"".join(FORWARDED)]
+    full.connection.written.clear()
+    full.connection.fill(True)
     full.forward(*PACKETS)
-    assert full.client.written == []
+    assert full.connection.written == []
     assert full.dropped(DropReason.QUEUE_HEAD) == (3, 0 + 1 + 2)
     assert full.counters.packets_forwarded_out == 6
-    full.client.fill(False)
-    assert full.client.written == [b"".join(FORWARDED[3:])]
+    full.connection.fill(False)
+    assert full.connection.written == [b"".join(FORWARDED[3:])]
     assert full.counters.packets_forwarded_out == 6 + 3
-    full.client.fill(True)
-    full.client.fill(False)
-    assert len(full.client.written) == 1
+    full.connection.fill(True)
+    full.connection.fill(False)
+    assert len(full.connection.written) == 1
     full.link.close()
     assert sum(full.counters.packets_dropped.values()) == 3
 
 
 async def test_the_packets_of_one_turn_leave_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """But not so many that they fill the memory, and none twice."""
-    monkeypatch.setattr(mesh_module, "_AT_ONCE", 12)
+    monkeypatch.setattr(meshlink, "_AT_ONCE", 12)
     full = FullLink()
     full.forward(*PACKETS[:2])
     full.forward(*PACKETS[2:])
-    assert full.client.written == []
+    assert full.connection.written == []
     assert full.link.queued == 6
     await asyncio.sleep(0)
-    assert full.client.written == [b"".join(FORWARDED)]
+    assert full.connection.written == [b"".join(FORWARDED)]
     full.forward(*PACKETS)
     full.forward(*PACKETS)
-    assert full.client.written[1:] == [b"".join(FORWARDED + FORWARDED)]
+    assert full.connection.written[1:] == [b"".join(FORWARDED + FORWARDED)]
     full.forward(*PACKETS[:1])
     await asyncio.sleep(0)
-    assert full.client.written[2:] == [FORWARDED[0]]
+    assert full.connection.written[2:] == [FORWARDED[0]]
     assert full.link.queued == 0
     assert full.counters.packets_forwarded_out == 6 + 12 + 1
 
@@ -446,11 +441,11 @@ async def test_the_packets_of_one_turn_leave_together(monkeypatch: pytest.Monkey
 async def test_packets_of_a_turn_in_which_the_link_fills_up_wait() -> None:
     full = FullLink()
     full.forward(*PACKETS)
-    full.client.fill(True)
+    full.connection.fill(True)
     await asyncio.sleep(0)
-    assert full.client.written == []
-    full.client.fill(False)
-    assert full.client.written == [b"".join(FORWARDED)]
+    assert full.connection.written == []
+    full.connection.fill(False)
+    assert full.connection.written == [b"".join(FORWARDED)]
 
 
 async def test_a_link_that_breaks_within_a_turn_writes_nothing_more() -> None:
@@ -458,13 +453,13 @@ async def test_a_link_that_breaks_within_a_turn_writes_nothing_more() -> None:
     full.forward(*PACKETS)
     full.link.close()
     await asyncio.sleep(0)
-    assert full.client.written == []
+    assert full.connection.written == []
     assert full.dropped(DropReason.GONE_DISCONNECTED) == (6, 0 + 1 + 2 + 3 + 4 + 5)
 
 
 async def test_what_waits_for_a_link_that_breaks_is_counted() -> None:
     full = FullLink()
-    full.client.fill(True)
+    full.connection.fill(True)
     full.forward(*PACKETS)
     full.link.close()
     assert full.dropped(DropReason.GONE_DISCONNECTED) == (6, 0 + 1 + 2 + 3 + 4 + 5)
@@ -473,19 +468,19 @@ async def test_what_waits_for_a_link_that_breaks_is_counted() -> None:
 
 async def test_a_link_that_stays_full_is_given_up() -> None:
     full = FullLink(stall=0.01)
-    full.client.fill(True)
+    full.connection.fill(True)
     async with asyncio.timeout(PATIENCE):
         await full.stalled.wait()
 
 
 async def test_a_link_that_has_room_again_is_not_given_up() -> None:
     full = FullLink()
-    full.client.fill(True)
+    full.connection.fill(True)
     timer = full.link._timer
     assert timer is not None
-    full.client.fill(False)
+    full.connection.fill(False)
     assert timer.cancelled()
-    full.client.fill(True)
+    full.connection.fill(True)
     timer = full.link._timer
     full.link.close()
     assert timer is not None

@@ -18,8 +18,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from derper.client import Client
-from derper.net.mesh import _AT_ONCE, _QUEUE_PACKETS, MeshLink, _Dialer
+from derper.net.meshlink import _AT_ONCE, _QUEUE_PACKETS, MeshLink, PeerConnection
+from derper.relay.follower import Follower
 from derper.relay.limits import QUEUE_DEPTH
 from derper.wire import frames
 from derper.wire.client import ReceivedPacket
@@ -49,26 +49,19 @@ class Turns:
 
 
 class Dialed:
-    """The dialing end of a mesh link: what `MeshLink` needs of a `Client`."""
+    """The dialing end of a mesh link: what `MeshLink` needs of a `PeerConnection`."""
 
-    def __init__(self, server_key: bytes) -> None:
-        self.server_key = server_key
+    def __init__(self) -> None:
         self.writable = True
         self.under_way: list[bytes] = []
-        self._changed: Any = None
+        self.on_writable: Any = None
 
     def write(self, data: bytes) -> None:
         self.under_way.append(data)
 
-    def set_high_water(self, size: int) -> None:
-        pass
-
-    def on_writable(self, changed: Any) -> None:
-        self._changed = changed
-
     def unblock(self) -> None:
         self.writable = True
-        self._changed(True)
+        self.on_writable(True)
 
 
 class Way:
@@ -76,11 +69,12 @@ class Way:
 
     def __init__(self, dialer: Bench, listener: Bench) -> None:
         self.dialer, self.listener = dialer, listener
-        self.near = Dialed(listener.router.public_key)
+        self.near = Dialed()
         self.turns = Turns()
         loop = cast(asyncio.AbstractEventLoop, self.turns)
-        self.link = MeshLink(cast(Client, self.near), dialer.counters, loop, stall=30.0, stalled=self.fail)
-        self.present: set[bytes] = set()
+        self.link = MeshLink(cast(PeerConnection, self.near), dialer.counters, loop, stall=30.0, stalled=self.fail)
+        ignored = frozenset((dialer.router.public_key, listener.router.public_key))
+        self.follower = Follower(dialer.router, self.link, ignored, self.near.write)
         self.far = listener.client(dialer.router.public_key[0], mesh=True)
         self.far.feed(frames.watch_conns())
 
@@ -93,15 +87,9 @@ class Way:
         del self.near.under_way[:most]
 
     def carry_back(self, most: int) -> None:
-        hub = SimpleNamespace(
-            router=self.dialer.router, private_key=SimpleNamespace(public=self.dialer.router.public_key)
-        )
         for data in self.far.writes[:most]:
-            for event in events_of(data):
-                assert not isinstance(event, ReceivedPacket), "relays are sent no packets"
-                _Dialer._follow(
-                    cast(_Dialer, SimpleNamespace(_hub=hub)), event, cast(Client, self.near), self.link, self.present
-                )
+            assert not any(isinstance(event, ReceivedPacket) for event in events_of(data)), "relays are sent no packets"
+            assert self.follower.receive(bytearray(data), 0, len(data)) == len(data)
         del self.far.writes[:most]
 
     def forwards_under_way(self) -> int:
@@ -115,8 +103,7 @@ class Way:
         return found
 
     def dialer_notices(self) -> None:
-        for present in self.present:
-            self.dialer.router.remove_forwarder(present, self.link)
+        self.follower.close()
         self.link.close()
 
     def listener_notices(self) -> None:
@@ -329,7 +316,7 @@ class RegionMachine(RuleBasedStateMachine):
             expected: dict[bytes, set[object]] = defaultdict(set)
             for (a, b), way in self.ways.items():
                 if a == number:
-                    there = set(self.nodes[b].router.active) - {node.router.public_key, way.near.server_key}
+                    there = set(self.nodes[b].router.active) - {node.router.public_key, self.nodes[b].router.public_key}
                     for found in there:
                         expected[found].add(way.link)
             assert {found: set(links) for found, links in node.router.forwarders.items()} == expected
