@@ -11,12 +11,17 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from . import __version__, config
+from . import __version__, config, procfs
 from .config import Config, HelpWanted, UsageError, VersionWanted
+from .ports import StartError
 from .runtime import raise_file_limit, run, set_up_logging, stop_signals
-from .server import Relay, StartError
+from .server import Relay
+from .workers.messages import Place
+
+if TYPE_CHECKING:
+    from .workers.supervisor import Supervisor
 
 __all__ = ["main"]
 
@@ -72,10 +77,11 @@ def _relay(arguments: list[str]) -> int:
     except UsageError as error:
         print(f"derper: {error}", file=sys.stderr)
         return error.status
-    set_up_logging()
+    place = Place.taken_from(os.environ)
+    set_up_logging() if place is None else set_up_logging(f"worker {place.number}: ")
     raise_file_limit()
     try:
-        run(lambda: serve(chosen))
+        run(lambda: serve(chosen) if place is None else _work(chosen, place))
     except StartError as error:
         print(f"derper: {error}", file=sys.stderr)
         return 1
@@ -84,7 +90,8 @@ def _relay(arguments: list[str]) -> int:
 
 async def serve(chosen: Config) -> None:
     """Run a relay until SIGTERM or SIGINT, then drain it; a second signal ends it at once.  SIGHUP: read all files."""
-    relay = Relay(chosen, rng=random.Random())
+    count = chosen.workers or procfs.usable_cpus()
+    relay = Relay(chosen, rng=random.Random()) if count == 1 else _supervisor(chosen, count)
     stop = stop_signals()
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, relay.reload)
     await relay.start()
@@ -101,3 +108,18 @@ async def serve(chosen: Config) -> None:
         drain.cancel()
         await relay.close()
     log.info("derper: stopped")
+
+
+# Most relays have one worker, and load nothing that only several need.
+
+
+def _supervisor(chosen: Config, count: int) -> Supervisor:
+    from .workers.supervisor import Supervisor
+
+    return Supervisor(chosen, count, rng=random.Random())
+
+
+async def _work(chosen: Config, place: Place) -> None:
+    from .workers.worker import work
+
+    await work(chosen, place)

@@ -78,6 +78,7 @@ class Config:
     debug_ip: str = ""
     debug_networks: tuple[Network, ...] = ()
     round_trips: bool = True
+    workers: int = 1  #: 0: one for each CPU
 
     @property
     def tls(self) -> bool:

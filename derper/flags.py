@@ -12,6 +12,7 @@ from typing import Any, Final
 from . import goflag
 from .relay import proxies
 from .relay.proxies import Network
+from .relay.siblings import MAX_WORKERS
 
 __all__ = ["FLAGS", "Flag", "MeshHost", "Network", "Value", "networks", "usage"]
 
@@ -53,6 +54,12 @@ def _port_or_none(value: int) -> int:
 def _not_negative(value: float) -> float:
     if not value >= 0:  # NaN neither
         raise ValueError("a number that is not negative")
+    return value
+
+
+def _workers(value: int) -> int:
+    if not 0 <= value <= MAX_WORKERS:
+        raise ValueError(f"a number from 0 to {MAX_WORKERS}")
     return value
 
 
@@ -152,6 +159,7 @@ _ANY_DURATION: Final = Value(goflag.duration)
 _PORT: Final = Value(goflag.integer, _port_or_none)
 _NUMBER: Final = Value(goflag.floating, _not_negative)
 _COUNT: Final = Value(goflag.integer, _not_negative)
+_WORKERS: Final = Value(goflag.integer, _workers)
 _ADDRESS: Final = Value(goflag.text, _address)
 _HOST_NAME: Final = Value(goflag.text, _host_name)
 _HOME: Final = Value(goflag.text, _home)
@@ -242,6 +250,7 @@ FLAGS: Final = (
     Flag("node", "node", _TEXT, "this relay's name in the settings"),
     Flag("metrics-addr", "metrics", _ADDRESS, "address for /healthz, /readyz, /metrics and /status; port 0: any"),
     Flag("status-socket", "status_socket", _TEXT, "Unix socket for derper status"),
+    Flag("workers", "workers", _WORKERS, "processes that share the work, 0: one per CPU (1)"),
     Flag("trusted-proxies", "trusted_proxies", _NETWORKS, "proxies whose word on a client's address is believed"),
     Flag("proxy-protocol", "proxy_protocol", _SWITCH, "trusted proxies begin with a PROXY protocol v2 header (false)"),
     Flag("acme-ip-certs", "", _SWITCH, "", "use -certmode manual, which makes a self-signed certificate for an IP"),

@@ -13,29 +13,45 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 from aiohttp import web
 
-from . import __version__, metrics, status
+from . import __version__
 from .certs import ip_address_of
-from .expvar import vars_json
+from .config import Config
 from .net.debug import Facts
 from .net.sockets import bind, bind_unix, remote_from
+from .totals import total_sample, total_status
 
-if TYPE_CHECKING:
-    from .relay.session import Session
-    from .server import Relay
-
-__all__ = ["DEFAULT_SOCKET", "Health", "debug_facts", "default_socket"]
+__all__ = ["DEFAULT_SOCKET", "Health", "Voice", "debug_facts", "default_socket"]
 
 DEFAULT_SOCKET: Final = Path("/run/derper/derper.sock")  # systemd's RuntimeDirectory=derper makes the folder
 
 _SHUTDOWN_SECONDS: Final = 1.0  # no page takes long, and a client that does must not hold up the end
-_CLIENTS_AT_ONCE: Final = 200
+
+
+class Voice(Protocol):
+    """What a relay says of itself: one process, or all of its workers.  See `answers` for the questions."""
+
+    @property
+    def uptime(self) -> int:
+        """Whole seconds since the start."""
+
+    def reasons(self) -> list[str]:
+        """Why the relay does not serve clients; empty when it does."""
+
+    def problems(self) -> list[str]:
+        """What else is wrong."""
+
+    async def gather(self, question: str) -> Sequence[Any]:
+        """The answers of all processes that there are."""
+
+    def stream(self, question: str) -> AsyncGenerator[Any, None]:
+        """The pieces of all long answers, one after another."""
 
 
 def default_socket() -> Path | None:
@@ -46,8 +62,8 @@ def default_socket() -> Path | None:
 class Health:
     """The pages of one relay.  Call `open` first, `close` at the end."""
 
-    def __init__(self, relay: Relay) -> None:
-        self._relay = relay
+    def __init__(self, voice: Voice) -> None:
+        self._voice = voice
         self._unix: asyncio.Server | None = None
         self._socket: tuple[Path, int] | None = None  # the path that we made, and its inode
         app = web.Application()
@@ -88,65 +104,69 @@ class Health:
         return web.Response(text="ok\n")
 
     async def _readyz(self, _request: web.Request) -> web.Response:
-        reasons = self._relay.reasons()
-        problems = [problem for problem in self._relay.state.problems if problem not in reasons]
+        reasons = self._voice.reasons()
+        problems = [problem for problem in self._voice.problems() if problem not in reasons]
         return web.Response(status=503 if reasons else 200, text="\n".join((reasons or ["ok"]) + problems) + "\n")
 
     async def _metrics(self, _request: web.Request) -> web.Response:
         kind = "text/plain; version=0.0.4; charset=utf-8"  # of Prometheus' text format
-        return web.Response(text=metrics.text(self._relay), headers={"Content-Type": kind})
+        sample = total_sample(await self._voice.gather("metrics"))
+        return web.Response(text=sample.text(), headers={"Content-Type": kind})
 
     async def _status(self, request: web.Request) -> web.StreamResponse:
+        found = total_status(await self._voice.gather("status"))
         if request.query.get("clients") != "1":
-            return web.json_response(status.collect(self._relay))
+            return web.json_response(found)
         if not _is_local(request):
             text = (
                 "the list of clients is only given on the relay's own machine: on the status socket, or over loopback\n"
             )
             return web.Response(status=403, text=text)
-        return await self._stream(request, status.sessions(self._relay))
+        return await self._stream(request, found)
 
-    async def _stream(self, request: web.Request, sessions: Sequence[Session]) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, found: Mapping[str, Any]) -> web.StreamResponse:
         """The status with the clients in pieces: ten thousand at once would hold up the packets of all of them."""
         response = web.StreamResponse(headers={"Content-Type": "application/json; charset=utf-8"})
         await response.prepare(request)
-        head = json.dumps(status.collect(self._relay))
-        await response.write(f'{head[:-1]}, "clientList": ['.encode())
-        clock, separator = asyncio.get_running_loop().time, ""
-        for start in range(0, len(sessions), _CLIENTS_AT_ONCE):
-            now, moment = clock(), datetime.now(UTC)
-            alive = (session for session in sessions[start : start + _CLIENTS_AT_ONCE] if not session.closed)
-            entries = [json.dumps(status.client_entry(session, now, moment)) for session in alive]
-            if entries:
-                await response.write((separator + ",\n".join(entries)).encode())
+        await response.write(f'{json.dumps(found)[:-1]}, "clientList": ['.encode())
+        separator = ""
+        async with aclosing(self._voice.stream("clients")) as pages:
+            async for page in pages:
+                await response.write((separator + ",\n".join(map(json.dumps, page))).encode())
                 separator = ",\n"
-            await asyncio.sleep(0)  # a write waits for a slow reader only
+                await asyncio.sleep(0)  # a write waits for a slow reader only
         await response.write(b"]}\n")
         return response
 
 
-def debug_facts(relay: Relay) -> Facts:
+def debug_facts(voice: Voice, config: Config, *, has_mesh_key: Callable[[], bool]) -> Facts:
     """What the pages below ``/debug/`` show."""
 
     def title() -> dict[str, object]:
         return {
-            "Uptime": go_duration(relay.uptime),
+            "Uptime": go_duration(voice.uptime),
             "Version": __version__,
             "Machine": socket.gethostname(),
-            "TLS hostname": relay.config.hostname,
-            "Mesh key": str(relay.state.mesh_keys is not None).lower(),
+            "TLS hostname": config.hostname,
+            "Mesh key": str(has_mesh_key()).lower(),
         }
 
-    def clients() -> Iterator[dict[str, object]]:
-        now, moment = asyncio.get_running_loop().time(), datetime.now(UTC)
-        return (status.client_entry(session, now, moment) for session in status.sessions(relay))
+    async def clients(most: int) -> list[Mapping[str, object]]:
+        found: list[Mapping[str, object]] = []
+        async with aclosing(voice.stream("clients")) as pages:
+            async for page in pages:
+                found += page
+                if len(found) >= most:
+                    break
+        return found[:most]
 
-    return Facts(
-        title,
-        vars=lambda: vars_json(metrics.published(relay)),
-        varz=lambda: metrics.text(relay),
-        clients=clients,
-    )
+    async def as_json() -> str:
+        return total_sample(await voice.gather("metrics")).json()
+
+    async def as_text() -> str:
+        return total_sample(await voice.gather("metrics")).text()
+
+    return Facts(title, as_json, as_text, clients, voice.gather)
 
 
 def go_duration(seconds: int) -> str:

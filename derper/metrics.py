@@ -12,23 +12,39 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from . import __version__, procfs
-from .expvar import Func, LabelMap, MultiLabelMap, Text, Tree, Value, varz
+from .expvar import Func, LabelMap, MultiLabelMap, Text, Tree, Value, vars_json, varz
 from .relay.counters import DropReason
 
 if TYPE_CHECKING:
     from .net.admission import Admission
     from .net.hub import Hub
+    from .net.stun import STUNServer
     from .server import Relay
 
-__all__ = ["process", "published", "text"]
+__all__ = ["Sample", "process", "published", "sample", "stun"]
 
 
-def text(relay: Relay) -> str:
-    """Everything, as text for Prometheus."""
-    return varz(process(), published(relay))
+class Sample(NamedTuple):
+    """All variables of one process."""
+
+    process: Tree
+    published: Tree
+
+    def text(self) -> str:
+        """For Prometheus."""
+        return varz(self.process, self.published)
+
+    def json(self) -> str:
+        """As stock derper's ``/debug/vars``."""
+        return vars_json(self.published)
+
+
+def sample(relay: Relay) -> Sample:
+    """Everything, as it is now."""
+    return Sample(process(), published(relay))
 
 
 def published(relay: Relay) -> Tree:
@@ -46,7 +62,7 @@ def published(relay: Relay) -> Tree:
         "gauge_goroutines": Func(len(asyncio.all_tasks())),
         "process_start_unix_time": Func(int(relay.started_at.timestamp())),
         "python_version": Text(platform.python_version(), {}),
-        "stun": _stun(relay),
+        "stun": stun(relay.stun),
         "version": Text(__version__, {"binary": "derper"}),
     }
     if boot_time := procfs.boot_time():
@@ -126,12 +142,13 @@ def _drops(unit: str, drops: Mapping[tuple[DropReason, bool], int]) -> MultiLabe
     return MultiLabelMap("counter", f"DERP {unit} dropped by reason and by kind", ("reason", "kind"), values)
 
 
-def _stun(relay: Relay) -> Tree:
+def stun(server: STUNServer | None) -> Tree:
+    """What the STUN server counts."""
     dispositions = dict.fromkeys(("not_stun", "read_error", "success", "write_error"), 0)
     families = dict.fromkeys(("ipv4", "ipv6"), 0)
-    if relay.stun is not None:
-        dispositions |= relay.stun.dispositions
-        families |= relay.stun.families
+    if server is not None:
+        dispositions |= server.dispositions
+        families |= server.families
     return {
         "counter_requests": LabelMap("disposition", dispositions),
         "counter_addrfamily": LabelMap("family", families),

@@ -34,9 +34,9 @@ def run(main_coroutine: Callable[[], Coroutine[Any, Any, None]]) -> None:
         runner.run(main_coroutine())
 
 
-def set_up_logging() -> None:
-    """Log to standard error, with the time as Go writes it."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%Y/%m/%d %H:%M:%S")
+def set_up_logging(whose: str = "") -> None:
+    """Log to standard error, with the time as Go writes it, and then `whose` line it is."""
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {whose}%(message)s", datefmt="%Y/%m/%d %H:%M:%S")
     # Its warnings are about each write to a client that is just going: under traffic that is a flood.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
 

@@ -15,39 +15,44 @@ import json
 import logging
 import math
 import random
-from collections.abc import Callable
+import ssl
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
 from aiohttp import web
 
 from . import procfs
+from .answers import answer
 from .certs import CertificateError, CertificatePair, ip_address_of, pin
 from .config import Config
 from .derpmap import DERPNode
 from .files import FileError
-from .health import Health, debug_facts, default_socket
+from .health import Health, debug_facts
 from .net.admission import Admission
 from .net.bootstrap_dns import BootstrapDNS, SystemResolver
 from .net.debug import Access, Debug
 from .net.doorman import Doorman, HTTPHandler, Reception
 from .net.http import Site, connections, public_app, redirect_app
 from .net.hub import Hub
-from .net.listener import Listener, SocketOptions
+from .net.listener import Factory, Listener, SocketOptions
 from .net.memory import Memory
 from .net.mesh import Mesh
 from .net.mesh import Timings as MeshTimings
 from .net.stun import STUNServer
 from .net.tls import ServerTLS, utc_now
-from .relay.limits import TokenBucket
+from .ports import StartError, cannot_listen, open_health, open_stun
+from .relay.limits import TokenBucket, changed
 from .relay.session import Remote
 from .state import RelayState
-from .text import host_port, reason
+from .text import host_port
 from .wire import frames
+from .wire.clienthello import ClientHello
+from .wire.keys import NodePrivate
 
-__all__ = ["Relay", "StartError", "Timings"]
+__all__ = ["Relay", "StartError", "Timings", "announce"]
 
 log = logging.getLogger("derper")
 
@@ -68,17 +73,23 @@ class Timings:
     mesh: MeshTimings = field(default_factory=MeshTimings)
 
 
-class StartError(Exception):
-    """The relay cannot start.  The message is one sentence for the user."""
-
-
 class Relay:
     """One relay.  Create it inside the running loop."""
 
-    def __init__(self, config: Config, *, rng: random.Random, timings: Timings = Timings()) -> None:
+    number = 0  #: among the workers of its node
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        rng: random.Random,
+        timings: Timings = Timings(),
+        private_key: NodePrivate | None = None,  # where no file has it
+    ) -> None:
         self.config = config
-        self.state = RelayState(config, utc_now)
+        self.state = RelayState(config, utc_now, private_key)
         self.hub: Hub | None = None
+        self._has_hub = asyncio.Event()
         self.mesh: Mesh | None = None
         self.tls: ServerTLS | None = None
         self.stun: STUNServer | None = None
@@ -93,7 +104,7 @@ class Relay:
         self._timings = timings
         self._memory = Memory()
         self.admission = Admission(self.state.policy())
-        self._http_listener: Listener | None = None
+        self.http_listener: Listener | None = None
         self._fronts: list[Listener | Reception] = []
         self._served_pairs: tuple[CertificatePair, ...] = ()
         self._runners: list[web.AppRunner] = []
@@ -103,7 +114,7 @@ class Relay:
         self._accepts: TokenBucket | None = None
         self._asked_to_reload = asyncio.Event()
         self._dns_task: asyncio.Task[None] | None = None
-        self._options = SocketOptions(config.tcp_keep_alive, config.tcp_user_timeout)
+        self.options = SocketOptions(config.tcp_keep_alive, config.tcp_user_timeout)
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -111,7 +122,7 @@ class Relay:
         """Read the files, listen, dial the mesh.  Raises `StartError`."""
         try:
             self.state.load_all()
-            await self._serve_health()
+            await self.open_pages()
             await self._open()
         except (FileError, CertificateError) as error:
             await self.close()
@@ -119,8 +130,6 @@ class Relay:
         except StartError:
             await self.close()
             raise
-        if self.config.tls and not self.config.settings:
-            self._announce_certificate()
         loop = asyncio.get_running_loop()
         self._poll_task = loop.create_task(self._follow_files())
         self._dns_task = loop.create_task(self.bootstrap_dns.run())
@@ -133,6 +142,11 @@ class Relay:
     async def drain(self) -> None:
         """Send the clients elsewhere: STUN and readiness first, then the port, then the clients in small steps,
         the mesh last, so that those who wait for their turn are still reached from other nodes."""
+        await self.send_clients_away()
+        await self.close()
+
+    async def send_clients_away(self) -> None:
+        """The same, but for the mesh."""
         self.draining = True
         if self._poll_task is not None:  # it may be about to listen
             self._poll_task.cancel()
@@ -140,7 +154,6 @@ class Relay:
         if self.hub is not None:
             self.hub.draining = True
             await self._close_clients(self.hub)
-        await self.close()
 
     async def close(self) -> None:
         """Close everything at once."""
@@ -164,7 +177,7 @@ class Relay:
             self._health = None
 
     def _close_ports(self) -> None:
-        for listener in (self.listener, self._http_listener):
+        for listener in (self.listener, self.http_listener):
             if listener is not None:
                 listener.close()
 
@@ -187,18 +200,19 @@ class Relay:
         """Open what can be opened; called again when files arrive."""
         state = self.state
         if self.hub is None and state.private_key is not None:
-            self.hub = Hub(state.private_key, self.admission)
+            self.hub = Hub(state.private_key, self.admission, number=self.number)
             self.mesh = Mesh(self.hub, rng=self._rng, timings=self._timings.mesh)
             self.hub.mesh_peer_seen = self.mesh.seen
             self.tls = ServerTLS(state.private_key.public.hex(), names_only=not self.config.settings)
             self.hub.round_trips.enabled = self.config.round_trips
             self.hub.start()
+            self._has_hub.set()
             log.info("DERP mesh key configured" if state.mesh_keys is not None else "No mesh key configured")
         if self.hub is None:
             return
         self._apply()
         if self.config.stun and self.config.stun_port >= 0 and self.stun is None:
-            self.stun = await self._open_stun()
+            self.stun = await self.open_stun()
         if self.listener is None and not state.missing and not self.draining:
             await self._listen(self.hub)
 
@@ -219,14 +233,38 @@ class Relay:
         if self.listener is not None:
             self.listener.limit = self._accept_limit()
 
-    async def _open_stun(self) -> STUNServer:
-        host, port = self.config.listen_host, self.config.stun_port
+    async def has_hub(self) -> Hub:
+        """Wait until there is a hub: it needs the server key."""
+        await self._has_hub.wait()
+        assert self.hub is not None
+        return self.hub
+
+    # -- what a supervisor does for its workers ----------------------------------------------------------------
+
+    async def open_pages(self) -> None:
+        """Serve the metrics port and the status socket.  Raises `StartError`."""
+        self._health = Health(self)
+        await open_health(self.config, self._health)
+
+    async def open_stun(self) -> STUNServer | None:
+        """Answer STUN.  Raises `StartError`."""
+        return await open_stun(self.config, self.serving)
+
+    def open_listener(
+        self, port: int, flag: str, factory: Factory, choose: Callable[[ClientHello], ssl.SSLContext] | None
+    ) -> Listener:
+        """Accept connections.  Raises `StartError`; `flag` is what can choose another port."""
+        host = self.config.listen_host
         try:
-            server = await STUNServer.listen(host, port, self.serving)
+            return Listener.listen(host, port, factory, choose=choose, options=self.options)
         except OSError as error:
-            raise StartError(_cannot_listen("UDP", host, port, error, "-stun-port")) from None
-        log.info("STUN server listening on %s", host_port(host or "::", server.port))  # as stock derper says it
-        return server
+            raise cannot_listen("TCP", host, port, error, flag) from None
+
+    def announce(self, listener: Listener) -> None:
+        """Say where it serves, and with which certificate."""
+        announce(self.config, listener.port, self.state.pairs)
+
+    # -- the port ----------------------------------------------------------------------------------------------
 
     async def _listen(self, hub: Hub) -> None:
         config = self.config
@@ -237,12 +275,11 @@ class Relay:
         self.listener.limit = self._accept_limit()
         if config.tls and config.http_port >= 0:
             await self._listen_http(hub)
-        scheme = " with TLS" if config.tls else ""  # as stock derper says it
-        log.info("derper: serving on %s%s", host_port(config.listen_host, self.listener.port), scheme)
+        self.announce(self.listener)
 
     async def _listen_http(self, hub: Hub) -> None:
         reception = Reception(hub, await self._runner(redirect_app(self._site(hub))), serve_derp=False)
-        self._http_listener = self._open_port(self.config.http_port, "-http-port", reception, tls=False)
+        self.http_listener = self._open_port(self.config.http_port, "-http-port", reception, tls=False)
 
     def _site(self, hub: Hub) -> Site:
         config = self.config
@@ -253,54 +290,23 @@ class Relay:
             tell=config.dev,
             tailscale=not config.settings,
         )
-        debug = Debug(access, hub, debug_facts(self))
+        facts = debug_facts(self, config, has_mesh_key=lambda: self.state.mesh_keys is not None)
+        debug = Debug(access, facts)
         home = config.home or ("blank" if config.settings else "")  # default pages are how open relays are found
         return Site(hub.counters, home, config.derp, self.bootstrap_dns, debug)
 
     def _open_port(self, port: int, flag: str, reception: Reception, *, tls: bool) -> Listener:
-        """Listen for those who go to `reception`.  Raises `StartError`; `flag` is what can choose another port."""
-        host, choose = self.config.listen_host, self.tls.choose if tls and self.tls is not None else None
-        try:
-            listener = Listener.listen(host, port, partial(Doorman, reception), choose=choose, options=self._options)
-        except OSError as error:
-            raise StartError(_cannot_listen("TCP", host, port, error, flag)) from None
+        """Listen for those who go to `reception`.  Raises `StartError`."""
+        choose = self.tls.choose if tls and self.tls is not None else None
+        listener = self.open_listener(port, flag, partial(Doorman, reception), choose)
         listener.proxies = reception.proxies = self.state.proxies()
         self._fronts += listener, reception
         return listener
 
-    async def _serve_health(self) -> None:
-        config, self._health = self.config, Health(self)
-        await self._health.open()
-        if config.metrics_port is not None:
-            try:
-                port = await self._health.listen(config.metrics_host, config.metrics_port)
-            except OSError as error:
-                where = _cannot_listen("TCP", config.metrics_host, config.metrics_port, error, "-metrics-addr")
-                raise StartError(where) from None
-            log.info("derper: serving metrics on %s", host_port(config.metrics_host, port))
-        path = Path(config.status_socket) if config.status_socket else default_socket()
-        if path is not None:
-            await self._serve_status(self._health, path)
-
-    async def _serve_status(self, health: Health, path: Path) -> None:
-        try:
-            await health.listen_unix(path)
-        except OSError as error:
-            text = f"cannot listen on {path}: {reason(error)}; choose another with -status-socket"
-            if self.config.status_socket:
-                raise StartError(text) from None
-            log.warning("%s", text)  # nobody has asked for it: a second relay on this machine, perhaps
-
     def _accept_limit(self) -> TokenBucket | None:
         """The bucket of new connections; a change of the limit does not fill it."""
-        rate, burst = self.state.limits.accept_per_second, self.state.limits.accept_burst
-        now = asyncio.get_running_loop().time()
-        if math.isinf(rate) and burst:
-            self._accepts = None
-        elif self._accepts is None:
-            self._accepts = TokenBucket(rate, burst, now)
-        else:
-            self._accepts.change(rate, burst, now)
+        limits, now = self.state.limits, asyncio.get_running_loop().time()
+        self._accepts = changed(self._accepts, limits.accept_per_second, limits.accept_burst, now)
         return self._accepts
 
     async def _runner(self, app: web.Application) -> Any:
@@ -315,7 +321,7 @@ class Relay:
     async def _follow_files(self) -> None:
         while True:
             asked = await self._next_look()
-            self._memory.look(self._connections())
+            self._memory.look(self.connections)
             try:
                 if (
                     self.state.poll(at_once=asked)
@@ -328,7 +334,9 @@ class Relay:
             except Exception:  # a relay that no longer reads its files would be worse than a traceback in its log
                 log.exception("cannot put the files into force; trying again")
 
-    def _connections(self) -> int:
+    @property
+    def connections(self) -> int:
+        """Of clients and peers, and those on their way to be one."""
         links = len(self.hub.links) if self.hub is not None else 0
         return links + (self.listener.arrivals if self.listener is not None else 0)
 
@@ -345,21 +353,6 @@ class Relay:
     def _meta_is_old(self) -> bool:
         expires = self.tls.meta_expires if self.tls is not None else None
         return expires is not None and (expires - utc_now()).days < _META_RENEW_DAYS
-
-    def _announce_certificate(self) -> None:
-        """As stock derper: tell what to put into the DERP map (cmd/derper/cert.go)."""
-        leaf = self.state.pairs[0].leaf
-        host = self.config.hostname
-        if ip_address_of(host) is None:
-            return
-        node = DERPNode(name="custom", region_id=900, host_name=host, cert_name=pin(leaf))
-        entry = {"Name": node.name, "RegionID": node.region_id, "HostName": node.host_name, "CertName": node.cert_name}
-        log.info(
-            "Using self-signed certificate for IP address %s. Configure it in DERPMap using:"
-            " (https://tailscale.com/s/custom-derp)\n  %s",
-            json.dumps(host),
-            json.dumps(entry, separators=(",", ":")),
-        )
 
     # -- how it is -------------------------------------------------------------------------------------------
 
@@ -379,11 +372,36 @@ class Relay:
             reasons.append("not listening yet")
         return reasons
 
+    def problems(self) -> list[str]:
+        """What is on disk and cannot be used."""
+        return self.state.problems
+
     def serving(self) -> bool:
         """Whether a client that comes now is served; STUN is silent otherwise."""
         return not self.reasons()
 
+    async def gather(self, question: str) -> Sequence[Any]:
+        """The answers of all processes of this relay, see `answers`: there is one."""
+        async with aclosing(answer(self, question)) as pieces:
+            return [await anext(pieces)]
 
-def _cannot_listen(kind: str, host: str, port: int, error: OSError, flag: str) -> str:
-    where = f"{kind} {host or '*'}:{port}"
-    return f"cannot listen on {where}: {reason(error)}; stop what uses it or choose another with {flag}"
+    def stream(self, question: str) -> AsyncGenerator[Any, None]:
+        """The pieces of a long answer."""
+        return answer(self, question)
+
+
+def announce(config: Config, port: int, pairs: Sequence[CertificatePair]) -> None:
+    """Say where the relay serves, and as stock derper what to put into the DERP map (cmd/derper/cert.go)."""
+    scheme = " with TLS" if config.tls else ""  # as stock derper says it
+    log.info("derper: serving on %s%s", host_port(config.listen_host, port), scheme)
+    host = config.hostname
+    if not config.tls or config.settings or ip_address_of(host) is None:
+        return
+    node = DERPNode(name="custom", region_id=900, host_name=host, cert_name=pin(pairs[0].leaf))
+    entry = {"Name": node.name, "RegionID": node.region_id, "HostName": node.host_name, "CertName": node.cert_name}
+    log.info(
+        "Using self-signed certificate for IP address %s. Configure it in DERPMap using:"
+        " (https://tailscale.com/s/custom-derp)\n  %s",
+        json.dumps(host),
+        json.dumps(entry, separators=(",", ":")),
+    )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from . import files
-from .certs import CertificateError, CertificatePair, check
+from .certs import CertificateError, CertificatePair, check, pin
 from .client import Endpoint
 from .config import Config
 from .files import FileError, Watched
@@ -41,18 +42,20 @@ class RelayState:
     """The newest good version of everything.  Call `poll` about once a second, and soon again while it is `settling`.
 
     With flags alone every file must be good at the start (`load_all`).  With a settings file anything may be
-    missing at first: the relay runs, is not ready, and says why.
+    missing at first: the relay runs, is not ready, and says why.  `private_key` is used where no file has one.
     """
 
-    def __init__(self, config: Config, now: Callable[[], datetime]) -> None:
+    def __init__(self, config: Config, now: Callable[[], datetime], private_key: NodePrivate | None = None) -> None:
         self.config = config
         self._now = now
-        self.private_key: NodePrivate | None = None
+        self.private_key = None if config.key_path else private_key or NodePrivate.generate()
         self.mesh_keys: MeshKeys | None = None
         self.pairs: tuple[CertificatePair, ...] = ()
         self.settings: Settings | None = None
         self.listed_keys: frozenset[bytes] = frozenset()
         self.limits = _flag_limits(config)
+        self._versioned: object = None  # what `_version` is the digest of
+        self._version = b""
         self.watched: list[Watched[Any]] = list(self._watch())
 
     def load_all(self) -> None:
@@ -115,6 +118,25 @@ class RelayState:
             reasons.append("there is no mesh key yet")
         return reasons
 
+    def version(self) -> bytes:
+        """A digest of all that is in force: processes with the same one have read the same files."""
+        facts = (self.settings, self.private_key, self.mesh_keys, self.pairs, self.listed_keys, self.limits)
+        if facts != self._versioned:
+            self._versioned, self._version = facts, self._digest()
+        return self._version
+
+    def _digest(self) -> bytes:
+        mesh_keys = self.mesh_keys.accepted if self.mesh_keys is not None else ()
+        facts = (
+            self.settings.digest if self.settings is not None else "",
+            self.private_key.public.hex() if self.private_key is not None else "",
+            [key.secret_text() for key in mesh_keys],
+            [pin(pair.leaf) for pair in self.pairs],
+            sorted(self.listed_keys),
+            self.limits,
+        )
+        return hashlib.sha256(repr(facts).encode()).digest()
+
     def peers(self) -> dict[str, Peer]:
         """The other relays of the region."""
         if self.settings is None:
@@ -176,8 +198,6 @@ class RelayState:
         if config.key_path:
             key_path = Path(config.key_path)
             watched.append(Watched("server key", lambda: [key_path], lambda: files.load_key(key_path), self._set_key))
-        else:
-            self.private_key = NodePrivate.generate()
         if config.mesh_key_path:
             mesh_path = Path(config.mesh_key_path)
             watched.append(

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Final
 from . import __version__, procfs
 
 if TYPE_CHECKING:
+    from .net.stun import STUNServer
     from .relay.session import Session
     from .server import Relay
 
-__all__ = ["client_entry", "collect", "sessions"]
+__all__ = ["client_entry", "collect", "process", "sessions", "stun"]
 
 _SLOWEST: Final = 20  # paused clients that are listed
 
@@ -44,8 +45,8 @@ def collect(relay: Relay) -> dict[str, Any]:
             _camel(name): None if value == math.inf else value for name, value in asdict(relay.state.limits).items()
         },
         "admission": _admission(relay),
-        "stun": _stun(relay),
-        "process": _process(relay),
+        "stun": stun(relay.stun, answering=relay.serving()),
+        "process": process(relay.started_at, relay.uptime),
         "settings": relay.state.settings.digest if relay.state.settings else None,
         "version": __version__,
     }
@@ -172,19 +173,21 @@ def _admission(relay: Relay) -> dict[str, Any]:
     }
 
 
-def _stun(relay: Relay) -> dict[str, Any] | None:
-    if relay.stun is None:
+def stun(server: STUNServer | None, *, answering: bool) -> dict[str, Any] | None:
+    """The STUN server, if there is one."""
+    if server is None:
         return None
-    return {"port": relay.stun.port, "answering": relay.serving(), "requests": dict(relay.stun.dispositions)}
+    return {"port": server.port, "answering": answering, "requests": dict(server.dispositions)}
 
 
-def _process(relay: Relay) -> dict[str, Any]:
+def process(started_at: datetime, uptime: int) -> dict[str, Any]:
+    """This process, which runs for so many seconds."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     entry: dict[str, Any] = {
         "pid": os.getpid(),
         "python": platform.python_version(),
-        "since": timestamp(relay.started_at),
-        "uptimeSeconds": relay.uptime,
+        "since": timestamp(started_at),
+        "uptimeSeconds": uptime,
         "cpuSeconds": round(usage.ru_utime + usage.ru_stime, 2),
         "fileLimit": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     }

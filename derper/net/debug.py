@@ -6,30 +6,26 @@ They are on the relay's own ports, as with stock derper, for those whom `Access`
 from __future__ import annotations
 
 import asyncio
-import gc
 import hmac
 import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from aiohttp import web
 
 from ..relay import consistency
 from ..relay.proxies import Network
 from .hub import Hub
-from .link import Link
 from .mux import BROWSER_HEADERS, Handler, client_of, error, not_found
-from .sockets import TCPInfo
 
-__all__ = ["Access", "Debug", "Facts"]
+__all__ = ["Access", "Debug", "Facts", "Traffic", "faults", "tasks", "traffic"]
 
 _TAILSCALE: Final = (IPv4Network("100.64.0.0/10"), IPv6Network("fd7a:115c:a1e0::/48"))
 _CHROME_OS: Final = IPv4Network("100.115.92.0/23")  # its machines use a part of the range among themselves
@@ -88,22 +84,70 @@ def _is_tailscale(client: IPv4Address | IPv6Address) -> bool:
     return any(client in network for network in _TAILSCALE) and client not in _CHROME_OS
 
 
+class Traffic(NamedTuple):
+    """What one connection has carried."""
+
+    connection: tuple[int, int]  #: its worker, and which one of its connections it is
+    sent: int  #: bytes
+    received: int  #: bytes
+    key: str
+    senders: int  #: keys from which it got packets
+
+    def moved_since(self, before: Traffic | None) -> bool:
+        """Whether it has carried anything since then."""
+        return before is None or before.sent < self.sent or before.received < self.received
+
+    def line(self) -> str:
+        """As stock derper shows it."""
+        entry: dict[str, Any] = {"Sent": self.sent, "Recv": self.received, "Key": self.key}
+        if self.senders:
+            entry["UniqueSenders"] = self.senders
+        return json.dumps(entry, separators=(",", ":")) + "\n"
+
+
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the pages show, asked when it is needed."""
+    """What the pages show, asked when it is needed; of the whole relay, however many workers it has."""
 
     title: Callable[[], Mapping[str, object]]  #: on the index, by name
-    vars: Callable[[], str]  #: all variables as JSON
-    varz: Callable[[], str]  #: the same, for Prometheus
-    clients: Callable[[], Iterable[Mapping[str, object]]]  #: a row for each client, all with the same columns
+    vars: Callable[[], Awaitable[str]]  #: all variables as JSON
+    varz: Callable[[], Awaitable[str]]  #: the same, for Prometheus
+    clients: Callable[[int], Awaitable[Sequence[Mapping[str, object]]]]
+    """At most so many rows, one for each client, all with the same columns."""
+    gather: Callable[[str], Awaitable[Sequence[Any]]]
+    """Each worker's answer: `faults` to "check", `traffic` to "traffic", `tasks` to "tasks", any to "collect"."""
+
+
+async def faults(hub: Hub) -> list[str]:
+    """What is wrong, a sentence each (derpserver, ConsistencyCheck)."""
+    found = consistency.faults(hub.router)
+    problem = await hub.admission.check()
+    return found if problem is None else [*found, problem]
+
+
+def traffic(hub: Hub) -> list[Traffic]:
+    """What each client's connection has carried, where the system tells."""
+    found, worker = [], hub.router.node.number
+    for link in hub.links:
+        if link.session is not None and (info := link.tcp_info()) is not None:
+            session = link.session
+            found.append(Traffic((worker, id(link)), info.sent, info.received, str(session.key), len(session.sources)))
+    return found
+
+
+def tasks() -> str:
+    """The stack of every task of this process."""
+    found = io.StringIO()
+    for task in sorted(asyncio.all_tasks(), key=lambda task: task.get_name()):
+        task.print_stack(file=found)
+    return found.getvalue()
 
 
 class Debug:
     """The pages, by path."""
 
-    def __init__(self, access: Access, hub: Hub, facts: Facts) -> None:
+    def __init__(self, access: Access, facts: Facts) -> None:
         self.access = access
-        self._hub = hub
         self._facts = facts
         protected: dict[str, tuple[str, Handler]] = {
             "/debug/vars": ("Metrics (JSON)", self._vars),
@@ -137,21 +181,21 @@ class Debug:
         return _html(f"<html><body><h1>derper debug</h1><ul>{''.join(items)}", BROWSER_HEADERS)
 
     async def _vars(self, _request: web.Request) -> web.StreamResponse:
-        return web.Response(text=self._facts.vars(), content_type="application/json", charset="utf-8", headers=_HEADERS)
+        return web.Response(
+            text=await self._facts.vars(), content_type="application/json", charset="utf-8", headers=_HEADERS
+        )
 
     async def _varz(self, _request: web.Request) -> web.StreamResponse:
-        return _text(self._facts.varz())
+        return _text(await self._facts.varz())
 
     async def _check(self, _request: web.Request) -> web.StreamResponse:
-        faults = [*consistency.faults(self._hub.router)]
-        if problem := await self._hub.admission.check():
-            faults.append(problem)
-        if faults:
-            return _text(", ".join(faults) + "\n", status=500)
+        found = [fault for answer in await self._facts.gather("check") for fault in answer]
+        if found:
+            return _text(", ".join(found) + "\n", status=500)
         return _text("derp.Server ConsistencyCheck okay")
 
     async def _clients(self, _request: web.Request) -> web.StreamResponse:
-        rows = list(islice(self._facts.clients(), _CLIENTS_SHOWN + 1))
+        rows = await self._facts.clients(_CLIENTS_SHOWN + 1)
         more = f"<p>Only the first {_CLIENTS_SHOWN} are shown.</p>" if len(rows) > _CLIENTS_SHOWN else ""
         head = "".join(f"<th>{escape(name)}</th>" for name in (rows[0] if rows else ()))
         body = "".join(
@@ -171,11 +215,11 @@ class Debug:
         return response
 
     async def _follow_traffic(self, response: web.StreamResponse) -> None:
-        before: dict[Link, TCPInfo] = {}
+        before: dict[tuple[int, int], Traffic] = {}
         while True:
-            now = {link: info for link in tuple(self._hub.links) if (info := link.tcp_info()) is not None}
-            moved = [link for link, info in now.items() if _moved(before.get(link), info)]
-            lines = [_traffic_line(link, now[link]) for link in moved if link.session is not None]
+            answers = await self._facts.gather("traffic")
+            now = {entry.connection: entry for answer in answers for entry in answer}
+            lines = [entry.line() for entry in now.values() if entry.moved_since(before.get(entry.connection))]
             await response.write("".join([*lines, "\n"]).encode())
             before = now
             await asyncio.sleep(_TRAFFIC_SECONDS)
@@ -184,15 +228,12 @@ class Debug:
         response = await _stream(request)
         with suppress(ConnectionError):
             await response.write(b"running GC...\n")
-            gc.collect()
+            await self._facts.gather("collect")
             await response.write(b"Done.\n")
         return response
 
     async def _tasks(self, _request: web.Request) -> web.StreamResponse:
-        found = io.StringIO()
-        for task in sorted(asyncio.all_tasks(), key=lambda task: task.get_name()):
-            task.print_stack(file=found)
-        return _text(found.getvalue())
+        return _text("".join(await self._facts.gather("tasks")))
 
     async def _pprof(self, request: web.Request) -> web.StreamResponse:
         if request.path != "/debug/pprof/":
@@ -209,19 +250,6 @@ class Debug:
         if not rate or request.headers.get("Sec-Debug") != "derp":
             return _text(_MUTEX_USAGE + "\n", status=400)
         return _text(_NO_PPROF + "\n", status=501)
-
-
-def _moved(before: TCPInfo | None, now: TCPInfo) -> bool:
-    return before is None or before.sent < now.sent or before.received < now.received
-
-
-def _traffic_line(link: Link, info: TCPInfo) -> str:
-    session = link.session
-    assert session is not None
-    entry: dict[str, Any] = {"Sent": info.sent, "Recv": info.received, "Key": str(session.key)}
-    if session.sources:
-        entry["UniqueSenders"] = len(session.sources)
-    return json.dumps(entry, separators=(",", ":")) + "\n"
 
 
 def _text(text: str, status: int = 200) -> web.Response:

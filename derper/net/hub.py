@@ -13,7 +13,8 @@ from ..relay.limits import Limits
 from ..relay.router import Router
 from ..relay.session import Session
 from ..wire import frames, handshake
-from ..wire.frames import KEEP_ALIVE_SECONDS, MAX_CLIENT_INFO
+from ..wire.client import PeerPresent, parse_event
+from ..wire.frames import HEADER_LEN, KEEP_ALIVE_SECONDS, MAX_CLIENT_INFO, FrameType
 from ..wire.handshake import ClientInfo
 from ..wire.keys import MeshKeys, NodePrivate
 from .admission import Admission
@@ -40,14 +41,21 @@ _READ_BUFFER: Final = 2 * MAX_CLIENT_INFO  # the longest frame that must be held
 class Hub:
     """One relay's connections.  Create it inside the running loop, `start` it once, `stop` it at the end."""
 
-    def __init__(self, private_key: NodePrivate, admission: Admission, *, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        private_key: NodePrivate,
+        admission: Admission,
+        *,
+        limits: Limits | None = None,
+        number: int = 0,  # among the workers of its node
+    ) -> None:
         self.private_key = private_key
         self.admission = admission
         self.mesh_keys: MeshKeys | None = None
         self.limits = limits or Limits()
         self.greeting = handshake.server_key_frame(private_key.public)
         self.counters = Counters()
-        self.router = Router(private_key.public, self.counters)
+        self.router = Router(private_key.public, self.counters, number)
         self.loop = asyncio.get_running_loop()
         self.clock = self.loop.time
         self.tells_tcp_info = tells_tcp_info()
@@ -60,8 +68,9 @@ class Hub:
         # One read buffer for all links: what a link does not use at once it copies.
         self.read_buffer = bytearray(_READ_BUFFER)
         self.read_view = memoryview(self.read_buffer)
-        #: told the server key and the address of every mesh peer that logs in
+        #: told the server key and the address of every mesh peer that logs in, also at another worker
         self.mesh_peer_seen: Callable[[bytes, str], None] | None = None
+        self.router.node.mesh_peer_came = self._mesh_peer_came
         self._known_info = lru_cache(_INFOS)(handshake.read_client_info)
         # Each client has its own period, so that clients that came together drift apart.
         self._keep_alives = tuple(Turns[Session](seconds) for seconds in _KEEP_ALIVES)
@@ -127,6 +136,11 @@ class Hub:
     def kept_alive(self) -> int:
         """How many clients get keep-alives."""
         return sum(map(len, self._keep_alives))
+
+    def _mesh_peer_came(self, frame: bytes) -> None:
+        event = parse_event(FrameType.PEER_PRESENT, frame[HEADER_LEN:])
+        if isinstance(event, PeerPresent) and self.mesh_peer_seen is not None:
+            self.mesh_peer_seen(event.peer, str(event.ip))
 
     def _tick(self) -> None:
         self._timer = self.loop.call_later(_TICK, self._tick)

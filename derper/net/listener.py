@@ -34,7 +34,7 @@ from .peek import Peek, first_look
 from .sockets import bind, remote_from
 from .transports import Transports
 
-__all__ = ["Listener", "SocketOptions", "bind_tcp"]
+__all__ = ["Factory", "Listener", "SocketOptions", "bind_tcp"]
 
 log = logging.getLogger("derper")
 

@@ -20,7 +20,7 @@ _HIGH_WATER: Final = 1 << 20
 
 
 class SiblingLink(asyncio.BufferedProtocol):
-    """One end of a socket pair.  `synced` is called once: when all clients there are known, or the other end is gone."""
+    """One end of a socket pair.  `synced` is called once: when all clients there are known, or it is closed."""
 
     def __init__(self, hub: Hub, synced: Callable[[], None]) -> None:
         self._hub = hub

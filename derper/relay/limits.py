@@ -10,7 +10,15 @@ from ..wire import gojson
 from ..wire.frames import MAX_PACKET
 from ..wire.keys import KEY_LEN
 
-__all__ = ["MIN_BURST", "QUEUE_DEPTH", "Limits", "RateConfigError", "TokenBucket", "parse_rate_config"]
+__all__ = [
+    "MIN_BURST",
+    "QUEUE_DEPTH",
+    "Limits",
+    "RateConfigError",
+    "TokenBucket",
+    "changed",
+    "parse_rate_config",
+]
 
 QUEUE_DEPTH: Final = 32  #: packets queued for a client that does not read (derpserver, defaultPerClientSendQueueDepth)
 MIN_BURST: Final = MAX_PACKET + KEY_LEN  #: bytes; a bucket must hold at least one largest frame
@@ -66,6 +74,16 @@ class TokenBucket:
         self._stamp = now
         self._tokens = tokens - 1 if tokens >= 1 else tokens
         return tokens >= 1
+
+
+def changed(bucket: TokenBucket | None, rate: float, burst: int, now: float) -> TokenBucket | None:
+    """The bucket for a new limit, None for no limit; a change does not fill it."""
+    if math.isinf(rate) and burst:
+        return None
+    if bucket is None:
+        return TokenBucket(rate, burst, now)
+    bucket.change(rate, burst, now)
+    return bucket
 
 
 class RateConfigError(ValueError):

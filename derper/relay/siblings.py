@@ -89,6 +89,8 @@ class Node:
         #: key -> the session here that would be active if the one elsewhere were not
         self.shadowed: dict[bytes, Session] = {}
         self.shared: set[bytes] = set()  #: keys that are connected here and to another worker
+        #: told of each mesh peer that logs in elsewhere, by its PEER_PRESENT
+        self.mesh_peer_came: Callable[[bytes], None] | None = None
         self._router = router
         self._claims: dict[bytes, int] = {}  # of the keys that are connected here
         self._time = 0  # Lamport's
@@ -160,6 +162,8 @@ class Node:
             self._mark(key)
         self._settle(key, claim)
         self._router.broadcast(frame)
+        if frame[-1] & frames.PeerPresentFlags.MESH_PEER and self.mesh_peer_came is not None:
+            self.mesh_peer_came(frame)
 
     def spoke_there(self, sibling: Sibling, key: bytes, claim: int) -> None:
         """One of the sessions with this key spoke there."""

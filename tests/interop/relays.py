@@ -186,7 +186,14 @@ class OurDerper(Relay):
     """The relay of this repository, installed beside the interpreter that runs the tests."""
 
     def __init__(self, address: str, workdir: Path, options: RelayOptions | None = None) -> None:
-        super().__init__([Path(sys.executable).with_name("derper")], address, workdir, options or RelayOptions())
+        command: list[str | Path] = [Path(sys.executable).with_name("derper"), *workers()]
+        super().__init__(command, address, workdir, options or RelayOptions())
+
+
+def workers() -> list[str]:
+    """To try the suite with several workers: DERPER_TEST_WORKERS=2."""
+    count = os.environ.get("DERPER_TEST_WORKERS", "")
+    return [f"-workers={count}"] if count else []
 
 
 def derp_map(nodes: Iterable[dict[str, Any]]) -> DERPMap:

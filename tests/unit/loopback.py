@@ -16,6 +16,7 @@ from aiohttp import web
 from derper import certs
 from derper.certs import CertificatePair
 from derper.client import Client, Endpoint, Options, dial_endpoint
+from derper.net import debug
 from derper.net.admission import Admission
 from derper.net.debug import Access, Debug, Facts
 from derper.net.doorman import Doorman, Reception
@@ -46,13 +47,25 @@ __all__ = [
 HOST_NAME = "node.derp.internal"
 UPGRADE = b"GET /derp HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: DERP\r\n\r\n"
 FAST = UPGRADE[:-2] + b"Derp-Fast-Start: 1\r\n\r\n"
-FACTS = Facts(
-    title=lambda: {"Uptime": "1h", "<Version>": "&"},
-    vars=lambda: '{"a": 1}\n',
-    varz=lambda: "a 1\n",
-    clients=lambda: ({"number": number, "name": "<x>"} for number in range(1002)),
-)
 PATIENCE = 30.0  # seconds; only to end a hang
+
+
+def facts(hub: Hub) -> Facts:
+    """What the debug pages of a hub without a relay show."""
+
+    async def clients(most: int) -> list[dict[str, object]]:
+        return [{"number": number, "name": "<x>"} for number in range(min(most, 1002))]
+
+    async def text(text: str) -> str:
+        return text
+
+    async def gather(question: str) -> list[object]:
+        if question == "check":
+            return [await debug.faults(hub)]
+        return [{"traffic": debug.traffic(hub), "tasks": debug.tasks(), "collect": None}[question]]
+
+    title = {"Uptime": "1h", "<Version>": "&"}
+    return Facts(lambda: title, lambda: text('{"a": 1}\n'), lambda: text("a 1\n"), clients, gather)
 
 
 def private(number: int) -> NodePrivate:
@@ -189,7 +202,7 @@ async def relay(
     server_tls = ServerTLS(hub.private_key.public.hex())
     if tls:
         server_tls.load([pair_for(HOST_NAME)], datetime.now(UTC))
-    app = public_app(Site(hub.counters, home, serve_derp, debug=Debug(Access(), hub, FACTS)), tls=tls)
+    app = public_app(Site(hub.counters, home, serve_derp, debug=Debug(Access(), facts(hub))), tls=tls)
     runner = web.AppRunner(app, access_log=None, handle_signals=False)
     await runner.setup()
     assert runner.server is not None

@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from derper import health, server
+from derper import answers, health, server
 from derper.server import StartError
 from derper.wire import frames
 
@@ -114,7 +114,7 @@ async def test_without_the_flag_there_is_one_where_systemd_made_the_folder(
 
 
 async def test_clients(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "_CLIENTS_AT_ONCE", 2)
+    monkeypatch.setattr(answers, "_CLIENTS_AT_ONCE", 2)
     async with running(relay_in(tmp_path, f"-status-socket={path}")) as relay:
         assert relay.hub is not None
         clients = [await dial(relay, number) for number in range(1, 5)]

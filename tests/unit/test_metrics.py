@@ -12,7 +12,6 @@ import pytest
 
 from derper import metrics
 from derper.config import parse_flags
-from derper.expvar import vars_json
 from derper.net.roundtrips import RoundTrips
 from derper.net.sockets import TCPInfo
 from derper.relay.counters import Counters, DropReason, Histogram
@@ -43,9 +42,10 @@ async def test_what_a_relay_exports(tmp_path: Path) -> None:
     client.send(frames.send_packet(alice.public, b"hello"), frames.send_packet(private(2).public, b"lost"))
     client.send(frames.ping(b"12345678"))
     await until(lambda: relay.hub is not None and relay.hub.counters.got_ping)
-    text = metrics.text(relay)
-    assert json.loads(vars_json(metrics.published(relay)))["derper"]["gauge_ready"] == 1
-    assert "true" not in vars_json(metrics.published(relay)), "numbers, not switches"
+    sample = metrics.sample(relay)
+    text = sample.text()
+    assert json.loads(sample.json())["derper"]["gauge_ready"] == 1
+    assert "true" not in sample.json(), "numbers, not switches"
     found = families(text)
     assert found.keys() >= STOCK.keys() - NOT_WITHOUT_TLS
     for name in STOCK.keys() & found.keys():

@@ -41,8 +41,8 @@ async def test_an_address_needs_no_certificate(tmp_path: Path, caplog: pytest.Lo
 async def test_the_plain_port(tmp_path: Path) -> None:
     relay = await by_flags(tmp_path, *MANUAL, "-hostname", "127.0.0.1", "-http-port", "0")
     async with running(relay):
-        assert relay._http_listener is not None
-        port = relay._http_listener.port
+        assert relay.http_listener is not None
+        port = relay.http_listener.port
         client = RawClient(*await asyncio.open_connection("127.0.0.1", port))
         client.send(b"GET /generate_204 HTTP/1.1\r\nHost: x\r\nX-Tailscale-Challenge: abc\r\n\r\n")
         assert b"\r\nX-Tailscale-Response: response abc\r\n" in await client.head()

@@ -1,0 +1,138 @@
+"""One worker process, as its supervisor sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from asyncio.subprocess import DEVNULL, Process
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Self
+
+from ..ports import StartError
+from .channel import Channel, Handover, Respond
+from .messages import VARIABLE, Failed, Order, Place, Pulse
+
+__all__ = ["WorkerProcess"]
+
+
+class WorkerProcess:
+    """A worker that has been started.  `pulse` is what it said last, None before its first one and after its end."""
+
+    def __init__(self, number: int, process: Process, handover: Handover) -> None:
+        loop = asyncio.get_running_loop()
+        self.number = number
+        self.handover = handover
+        self.channel: Channel
+        self.pulse: Pulse | None = None
+        self.since = loop.time()
+        self._process = process
+        self._given = 0
+        self._beaten = False
+        self._first: asyncio.Future[None] = loop.create_future()
+        self._drained = asyncio.Event()
+
+    @classmethod
+    async def start(cls, number: int, respond: Respond, pulsed: Callable[[WorkerProcess], None]) -> Self:
+        """Run this program's command again as the worker with this number.
+
+        It is a program of its own and no fork: event loop, threads and TLS libraries begin anew.  In a session of its
+        own, for what the terminal or the shell sends to the group is meant for the supervisor.  Raises OSError.
+        """
+        channel, their_channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        handover, their_handover = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        theirs = (their_channel.fileno(), their_handover.fileno())
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *sys.orig_argv[1:],
+                stdin=DEVNULL,
+                env={**os.environ, VARIABLE: str(Place(number, *theirs))},
+                pass_fds=theirs,
+                start_new_session=True,
+            )
+        except OSError:
+            channel.close()
+            handover.close()
+            raise
+        finally:
+            their_channel.close()
+            their_handover.close()
+        worker = cls(number, process, Handover(handover))
+
+        def note(message: Any) -> None:
+            worker._note(message)
+            if worker.pulse is not None:
+                pulsed(worker)
+
+        worker.channel = await Channel.open(channel, note, respond, worker._lost)
+        return worker
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    @property
+    def load(self) -> int:
+        """Connections that it has, and those on their way to it."""
+        return 0 if self.pulse is None else self.pulse.connections + self._given - self.pulse.taken
+
+    def give(self, label: bytes, sock: socket.socket) -> bool:
+        """Hand over a connection, which the caller then closes; false if there is no room for more."""
+        given = self.handover.give(label, sock)
+        self._given += given
+        return given
+
+    def take_beat(self) -> bool:
+        """Whether it has said anything since the last call, or has not begun yet."""
+        beaten, self._beaten = self._beaten, False
+        return beaten
+
+    async def started(self) -> None:
+        """Wait until it runs.  Raises `StartError` if it cannot."""
+        await self._first
+
+    async def is_drained(self) -> None:
+        """Wait until its clients have been sent away, or it has ended."""
+        await self._drained.wait()
+
+    async def ended(self) -> str:
+        """Wait until it has ended; how."""
+        status = await self._process.wait()
+        self.handover.close()
+        return f"signal {-status}" if status < 0 else f"status {status}"
+
+    async def end(self, seconds: float) -> None:
+        """Let it end, and make it end if it takes longer."""
+        self.channel.tell(Order.END)
+        try:
+            async with asyncio.timeout(seconds):
+                await self.ended()
+        except TimeoutError:
+            self.kill()
+            await self.ended()
+
+    def kill(self) -> None:
+        """End it at once."""
+        with suppress(ProcessLookupError):
+            self._process.kill()
+
+    def _note(self, message: Any) -> None:
+        self._beaten = True
+        if isinstance(message, Pulse):
+            self.pulse = message
+            if not self._first.done():
+                self._first.set_result(None)
+        elif isinstance(message, Failed) and not self._first.done():
+            self._first.set_exception(StartError(message.why))
+        elif message is Order.DRAIN:
+            self._drained.set()
+
+    def _lost(self) -> None:
+        self.pulse = None
+        self._drained.set()
+        if not self._first.done():
+            self._first.set_exception(StartError(f"worker {self.number} ended before it had started; see its messages"))
