@@ -13,7 +13,7 @@ help: ## this list
 
 # -- set-up
 
-$(VENV)/.ready: requirements.txt pyproject.toml hatch_build.py
+$(VENV)/.ready: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON to one."; exit 2; }
 	@echo "==> venv: installing the pinned packages into $(VENV)" >&2
 	@$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing: apt-get install python3-venv"; exit 2; }

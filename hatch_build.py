@@ -11,6 +11,7 @@ a `.pyx`, where there is nothing to run without a compiler.  The product stands 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import platform
@@ -19,8 +20,8 @@ import shutil
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable
-from contextlib import chdir
+from collections.abc import Iterable, Sequence
+from contextlib import chdir, redirect_stderr
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any, Final
@@ -28,14 +29,18 @@ from typing import Any, Final
 from hatchling.builders.config import BuilderConfig
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-MODULES: Final = ("derper.net.tlsio",)  # by dotted name
+MODULES: Final = (  # by dotted name
+    "derper.net.tlsio",
+    "derper.relay.counters",
+    "derper.relay.session",
+)
 
 _PACKAGE: Final = "derper"
 _RECORD: Final = Path("build", "extensions.json")
 _SUFFIX: Final[str] = sysconfig.get_config_var("EXT_SUFFIX")
 _FLAGS: Final = ("-O2", "-g0")
 # Types come from the .pxd files alone: an annotation must not change what a module does.
-_DIRECTIVES: Final = {"language_level": 3, "annotation_typing": False, "embedsignature": False}
+_DIRECTIVES: Final = {"language_level": 3, "annotation_typing": False, "auto_pickle": False}
 
 
 class BuildError(Exception):
@@ -86,12 +91,23 @@ def obstacle() -> str | None:
     return None
 
 
-def build(root: Path, target: Path, modules: Iterable[str]) -> list[str]:
-    """Compile `modules` of the source tree `root` to below `target`; returns those that could be.
+def build(root: Path, target: Path, modules: Sequence[str]) -> Sequence[str]:
+    """Compile `modules` of the source tree `root` to below `target`.  Returns them; or none, if one cannot be compiled:
+    they rely on each other's layout.
 
     Raises `BuildError` under DERPER_REQUIRE_EXTENSIONS if one could not.
     """
-    return [name for name in modules if _compile(root, target, name)]
+    if not modules:
+        return ()
+    with tempfile.TemporaryDirectory() as scratch, chdir(root):
+        products = Path(scratch, "products")
+        try:
+            _compile(translate(modules, scratch), scratch, products)
+        except BuildError as error:
+            _give_up(str(error))
+            return ()
+        shutil.copytree(products, target, dirs_exist_ok=True)
+    return modules
 
 
 def build_in_place(root: Path) -> None:
@@ -100,13 +116,13 @@ def build_in_place(root: Path) -> None:
     Raises `BuildError` as `build` does.
     """
     fresh = current(root)
-    for stale in set(products(root)) - set(fresh):
-        (root / _beside(stale, _SUFFIX)).unlink()
-    missing = wanted() if set(MODULES) - set(fresh) else ()
-    missing = tuple(name for name in missing if name not in fresh)
-    if missing:
+    _remove(root, set(products(root)) - set(fresh))
+    missing = [name for name in MODULES if name not in fresh]
+    if missing and wanted():
         _say(f"compiling {', '.join(missing)}")
-    digests = {name: _digest(root, name) for name in (*fresh, *build(root, root, missing))}
+        if not build(root, root, missing):
+            _remove(root, products(root))
+    digests = {name: _digest(root, name) for name in products(root)}
     (root / _RECORD).parent.mkdir(exist_ok=True)
     (root / _RECORD).write_text(json.dumps(digests, indent=2) + "\n")
 
@@ -144,26 +160,44 @@ def _digest(root: Path, name: str) -> str:
     return digest.hexdigest()
 
 
-def _compile(root: Path, target: Path, name: str) -> bool:
+def translate(modules: Sequence[str], scratch: str) -> list[Any]:
+    """Modules of the source tree in the current folder -> setuptools' extensions, their C below `scratch`.
+
+    Raises `BuildError` with what Cython says.
+    """
     from Cython.Build import cythonize
     from Cython.Compiler.Errors import CompileError
-    from setuptools import Distribution, Extension
+    from setuptools import Extension
+
+    sources = [Extension(name, [str(source(Path(), name))], extra_compile_args=list(_FLAGS)) for name in modules]
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):  # it warns where nothing is wrong, too
+            return list(
+                cythonize(  # type: ignore[no-untyped-call]
+                    sources, build_dir=scratch, compiler_directives=_DIRECTIVES, quiet=True
+                )
+            )
+    except CompileError as error:
+        raise BuildError(f"{said.getvalue()}Cython cannot compile {error}") from None
+
+
+def _compile(extensions: list[Any], scratch: str, target: Path) -> None:
+    from setuptools import Distribution
     from setuptools.errors import BaseError, CCompilerError
 
-    with tempfile.TemporaryDirectory() as scratch, chdir(root):
-        extension = Extension(name, [str(source(root, name))], extra_compile_args=list(_FLAGS))
-        try:
-            made = cythonize(  # type: ignore[no-untyped-call]
-                [extension], build_dir=scratch, compiler_directives=_DIRECTIVES, quiet=True
-            )
-            command = Distribution({"ext_modules": made}).get_command_obj("build_ext")
-            command.build_lib, command.build_temp = str(target), scratch
-            command.ensure_finalized()
-            command.run()
-        except (CompileError, BaseError, CCompilerError, OSError) as error:
-            _give_up(f"{name} could not be compiled: {error}")
-            return False
-    return True
+    command = Distribution({"ext_modules": extensions}).get_command_obj("build_ext")
+    command.build_lib, command.build_temp, command.parallel = str(target), scratch, True
+    try:
+        command.ensure_finalized()
+        command.run()
+    except (BaseError, CCompilerError, OSError) as error:
+        raise BuildError(f"the C compiler failed: {error}") from None
+
+
+def _remove(root: Path, modules: Iterable[str]) -> None:
+    for name in modules:
+        (root / _beside(name, _SUFFIX)).unlink()
 
 
 def _give_up(reason: str) -> None:

@@ -25,6 +25,7 @@ from bench.compiler import compiled
 from bench.errors import BenchError
 from bench.processes import pinned
 from derper import certs
+from dev import extensions
 from tests.interop.gobuild import GoMissingError, build_peers
 
 HERE = Path(__file__).parent
@@ -102,7 +103,13 @@ def ours() -> Build:
     command = Path(sys.executable).parent / "derper"
     if not command.exists():
         raise BenchError("there is no `derper` beside this Python: run `make venv`, then `make bench`")
-    version = f"derper {metadata.version('derp-regions')}, Python {sys.version.split()[0]}"
+    if os.environ.get("DERPER_NO_EXTENSIONS"):
+        way = "pure Python"
+    elif changed := extensions.outdated():
+        raise BenchError(f"{', '.join(changed)} changed since it was compiled: run `make venv`, then `make bench`")
+    else:
+        way = "compiled" if extensions.current() else "pure Python"
+    version = f"derper {metadata.version('derp-regions')}, {way}, Python {sys.version.split()[0]}"
     return Build("ours", f"{version}{_commit()}", (str(command),))
 
 

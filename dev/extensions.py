@@ -37,7 +37,7 @@ def faults(modules: Sequence[str] = hatch_build.MODULES, root: Path = ROOT) -> l
         + [f"{path}.pyx and {path}.py would be two sources of one module" for path in cython & plain]
         + [f"{path} is compiled, and has neither .py nor .pyx" for path in listed - plain - cython]
         + [f"{path}.pyx is not compiled: add it to MODULES in hatch_build.py" for path in cython - listed]
-        + [f"{path}.pxd is of no compiled module" for path in typed - listed]
+        + [f"{path}.pxd is of no module" for path in typed - listed if not (root / path).with_suffix(".py").exists()]
     )
 
 

@@ -27,7 +27,7 @@ class DropReason(Enum):
     DUP_CLIENT = "dup_client"
 
 
-@dataclass(slots=True)
+@dataclass
 class Histogram:
     """How often values of each size came (metrics.Histogram)."""
 
@@ -60,7 +60,7 @@ def _by_reason() -> dict[tuple[DropReason, bool], int]:
     return {(reason, disco): 0 for reason in DropReason for disco in (True, False)}
 
 
-@dataclass(slots=True)
+@dataclass
 class Counters:
     """Everything counted since the start, and a few gauges; attribute names follow derpserver.go."""
 

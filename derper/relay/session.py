@@ -18,13 +18,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
-from struct import Struct
 from typing import Final, Protocol
 
 from ..text import host_port
-from ..wire import frames
+from ..wire import frames, inplace
 from ..wire.errors import ProtocolError
-from ..wire.frames import DISCO_MAGIC, HEADER, HEADER_LEN, MAX_PACKET, MAX_PING, PING_LEN, FrameType, PeerGoneReason
+from ..wire.frames import DISCO_MAGIC, HEADER_LEN, MAX_PACKET, MAX_PING, PING_LEN, FrameType, PeerGoneReason
 from ..wire.handshake import ClientInfo
 from ..wire.keys import KEY_LEN, NodePublic
 from .counters import DropReason
@@ -34,12 +33,11 @@ from .runs import KEYED, frames_of, packets_of
 
 __all__ = ["Remote", "Session", "Sink"]
 
-_RECV: Final = Struct(">BI32s")
-_SEND: Final = Struct(f">BI32s{len(DISCO_MAGIC)}s")
-_SEND_LEN: Final = _SEND.size
-_FORWARD: Final = Struct(">BI32s32s")
-_FORWARD_LEN: Final = _FORWARD.size
+_FORWARD_LEN: Final = KEYED + KEY_LEN
+_SEND_LEN: Final = KEYED + len(DISCO_MAGIC)
 _SHORTEST: Final = _SEND_LEN - HEADER_LEN
+_MAGIC: Final = int.from_bytes(DISCO_MAGIC[:4], "big")
+_MORE_MAGIC: Final = int.from_bytes(DISCO_MAGIC[4:], "big")
 _LONGEST: Final = KEY_LEN + MAX_PACKET
 _DISCO_MIN: Final = KEYED + len(DISCO_MAGIC) + KEY_LEN + 24
 _SEND_PACKET: Final = int(FrameType.SEND_PACKET)
@@ -160,6 +158,8 @@ class Session:
         Returns the offset of the first byte not used: the caller keeps the rest and hands it in again,
         in front of what comes next.  Raises `ProtocolError`: the caller closes the connection.
         """
+        if not 0 <= start <= end <= len(buffer):
+            raise IndexError("offsets outside of the buffer")  # compiled code would not notice
         pos = self._skipped(start, end)
         if self.is_duplicate and self._begins_frame(buffer, pos, end):
             self.router.note_activity(self)
@@ -169,7 +169,7 @@ class Session:
             self._left = end - pos
             if end - pos < HEADER_LEN:
                 return pos
-            kind, length = HEADER.unpack_from(buffer, pos)
+            kind, length = inplace.head_at(buffer, pos)
             self._check_head(kind, length)
             body = pos + HEADER_LEN
             if kind not in _LENGTHS:
@@ -205,7 +205,7 @@ class Session:
     def _begins_frame(self, buffer: bytearray, pos: int, end: int) -> bool:
         """Whether a frame's head is in what came since the last call."""
         if self._left >= HEADER_LEN:
-            pos += HEADER_LEN + HEADER.unpack_from(buffer, pos)[1]
+            pos += HEADER_LEN + inplace.head_at(buffer, pos)[1]
         return end - pos >= HEADER_LEN
 
     def _skipped(self, start: int, end: int) -> int:
@@ -215,29 +215,26 @@ class Session:
 
     def _packets(self, buffer: bytearray, pos: int, end: int, now: float) -> int:
         """The hot loop: turn the SEND_PACKET frames at `pos` around, stop at anything else."""
-        unpack, rewrite, own_key = _SEND.unpack_from, _RECV.pack_into, self.key
-        run_start, run_dst, run_length = pos, b"", 0
-        total = disco = 0
-        begin = pos
+        begin = start = pos
+        own_key, dst = self.key, b""
+        count = total = disco = 0
         while end - pos >= _SEND_LEN:
-            kind, length, dst, magic = unpack(buffer, pos)
-            if kind != _SEND_PACKET or length < _SHORTEST:
-                break
+            kind, length, key, magic, more_magic = inplace.packet_at(buffer, pos)
             after = pos + HEADER_LEN + length
-            if after > end or length > _LONGEST:
+            if kind != _SEND_PACKET or after > end or length < _SHORTEST or length > _LONGEST:
                 break
-            if dst != run_dst:
-                if run_length:
-                    self._dispatch(buffer, run_start, pos, run_dst, run_length, now)
-                run_start, run_dst, run_length = pos, dst, 0
-            rewrite(buffer, pos, _RECV_PACKET, length, own_key)
-            if magic == DISCO_MAGIC and after - pos >= _DISCO_MIN:
+            if not inplace.same_key(key, dst):
+                if count:
+                    self._dispatch(buffer, start, pos, dst, count, now)
+                start, dst, count = pos, inplace.key_of(key), 0
+            inplace.set_head(buffer, pos, _RECV_PACKET, length, own_key)
+            if magic == _MAGIC and more_magic == _MORE_MAGIC and after - pos >= _DISCO_MIN:
                 disco += 1
-            run_length += 1
+            count += 1
             total += 1
             pos = after
-        if run_length:
-            self._dispatch(buffer, run_start, pos, run_dst, run_length, now)
+        if count:
+            self._dispatch(buffer, start, pos, dst, count, now)
         if total:
             counters = self.counters
             counters.packets_received += total
@@ -248,10 +245,14 @@ class Session:
     def _dispatch(self, buffer: bytearray, start: int, end: int, dst: bytes, count: int, now: float) -> None:
         """Send a run of turned-around frames to `dst`: to a client of the node, else through the mesh, or nowhere."""
         router = self.router
-        chunk = bytes(memoryview(buffer)[start:end])
-        target = router.active.get(dst) or router.elsewhere.get(dst)
+        chunk = inplace.cut(buffer, start, end)
+        target = router.active.get(dst)
         if target is not None:
             target.deliver(self.key, chunk, count, now)
+            return
+        beside = router.elsewhere.get(dst)
+        if beside is not None:
+            beside.deliver(self.key, chunk, count, now)
             return
         leads = router.forwarders.get(dst)
         if leads is not None:
@@ -273,7 +274,7 @@ class Session:
     def _on_send_packet(self, buffer: bytearray, start: int, end: int, now: float) -> None:
         """A packet too short for the hot loop."""
         dst = bytes(buffer[start : start + KEY_LEN])
-        _RECV.pack_into(buffer, start - HEADER_LEN, _RECV_PACKET, end - start, self.key)
+        inplace.set_head(buffer, start - HEADER_LEN, _RECV_PACKET, end - start, self.key)
         self.counters.packets_received += 1
         self.counters.bytes_received += end - start - KEY_LEN
         self._dispatch(buffer, start - HEADER_LEN, end, dst, 1, now)
@@ -283,21 +284,22 @@ class Session:
 
         RECV_PACKET is one key shorter, so each frame's new head goes right in front of its packet.
         """
-        unpack, rewrite, view = _FORWARD.unpack_from, _RECV.pack_into, memoryview(buffer)
+        view = memoryview(buffer)
         run: list[memoryview] = []
         run_src = run_dst = b""
         total = 0
         while end - pos >= _FORWARD_LEN:
-            kind, length, src, dst = unpack(buffer, pos)
+            kind, length, src, dst = inplace.forward_at(buffer, pos)
             after = pos + HEADER_LEN + length
-            if kind != _FORWARD_PACKET or after > end or not 2 * KEY_LEN <= length <= KEY_LEN + _LONGEST:
+            if kind != _FORWARD_PACKET or after > end or length < 2 * KEY_LEN or length > KEY_LEN + _LONGEST:
                 break
-            if dst != run_dst or src != run_src:
+            if not inplace.same_key(dst, run_dst) or not inplace.same_key(src, run_src):
                 if run:
                     self._arrived(run_src, run_dst, run, now)
-                run_src, run_dst, run = src, dst, []
-            rewrite(buffer, pos + KEY_LEN, _RECV_PACKET, length - KEY_LEN, src)
-            run.append(view[pos + KEY_LEN : after])
+                run_src, run_dst, run = inplace.key_of(src), inplace.key_of(dst), []
+            head = pos + KEY_LEN
+            inplace.set_head(buffer, head, _RECV_PACKET, length - KEY_LEN, run_src)
+            run.append(view[head:after])
             total += 1
             pos = after
         if run:

@@ -122,16 +122,37 @@ def test_a_machine_that_cannot_compile_says_why_in_one_line(
 
 
 @needs_compiler
-def test_one_that_cannot_be_compiled_is_named(
+def test_all_are_compiled_or_none(
     tree: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (tree / "derper" / "twice.pxd").write_text("cpdef long halve(long number)\n")
+    (tree / "derper" / "good.pyx").touch()
+    monkeypatch.setattr(hatch_build, "MODULES", ("derper.good", NAME))
     hatch_build.build_in_place(tree)
-    assert f"==> extensions: {NAME} could not be compiled" in capfd.readouterr().err
-    assert ask(tree) == ["42"]
+    assert sorted(hatch_build.products(tree)) == ["derper.good", NAME]
+
+    (tree / "derper" / "twice.py").write_text(MODULE.replace("2", "(2"))
+    hatch_build.build_in_place(tree)
+    assert "Cython cannot compile derper/twice.py: pure Python instead" in capfd.readouterr().err
+    assert hatch_build.products(tree) == []
     monkeypatch.setenv("DERPER_REQUIRE_EXTENSIONS", "1")
-    with pytest.raises(hatch_build.BuildError, match=f"{NAME} could not be compiled"):
+    with pytest.raises(hatch_build.BuildError, match=r"Cython cannot compile derper/twice\.py"):
         hatch_build.build_in_place(tree)
+
+
+@needs_compiler
+def test_a_compiler_that_fails_is_said(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CC", "false")
+    hatch_build.build_in_place(tree)
+    assert "==> extensions: the C compiler failed: " in capfd.readouterr().err
+    assert ask(tree) == ["42"]
+
+
+def test_cython_takes_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Types and code fit each other, also where nobody compiles."""
+    monkeypatch.chdir(extensions.ROOT)
+    assert len(hatch_build.translate(hatch_build.MODULES, str(tmp_path))) == len(hatch_build.MODULES)
 
 
 def test_the_sources_are_in_order() -> None:
@@ -145,7 +166,8 @@ def test_the_sources_are_in_order() -> None:
         (["derper.a"], ["a.py", "a.pyx", "a.pxd"], "derper/a.pyx and derper/a.py would be two sources of one module"),
         (["derper.a"], [], "derper/a is compiled, and has neither .py nor .pyx"),
         ([], ["a.pyx"], "derper/a.pyx is not compiled: add it to MODULES in hatch_build.py"),
-        ([], ["a.py", "a.pxd"], "derper/a.pxd is of no compiled module"),
+        ([], ["a.pxd"], "derper/a.pxd is of no module"),
+        ([], ["a.py", "a.pxd"], None),  # for others to be compiled with
         (["derper.a", "derper.b"], ["a.py", "a.pxd", "b.pyx"], None),
     ],
 )

@@ -47,6 +47,12 @@ def test_a_packet_arrives_under_its_senders_key(bench: Bench, size: int) -> None
     assert (counters.bytes_received, counters.bytes_sent) == (size, size)
 
 
+@pytest.mark.parametrize(("start", "end"), [(-1, 5), (6, 5), (0, 101)])
+def test_offsets_outside_of_the_buffer(bench: Bench, start: int, end: int) -> None:
+    with pytest.raises(IndexError):
+        bench.client(1).session.receive(bytearray(100), start, end, 0.0)
+
+
 def test_a_packet_for_oneself(bench: Bench) -> None:
     alice = bench.client(1)
     alice.feed(frames.send_packet(A, b"hello me"))
