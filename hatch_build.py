@@ -30,6 +30,7 @@ from hatchling.builders.config import BuilderConfig
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 MODULES: Final = (  # by dotted name
+    "derper.net.openssl",
     "derper.net.tlsio",
     "derper.relay.counters",
     "derper.relay.session",

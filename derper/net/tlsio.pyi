@@ -1,10 +1,8 @@
 import asyncio
 import socket
-import ssl
 from collections.abc import Callable
 
-class Context:
-    def __init__(self, context: ssl.SSLContext) -> None: ...
+from .openssl import Context
 
 class Poller:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None: ...

@@ -9,32 +9,36 @@
   that is ready, and errors of sockets are seen, which a reader of uvloop is not told of.
 * What has come is received with one system call into one buffer that all connections share; OpenSSL takes record by
   record from there.  Its own buffers it frees when they are empty, so an idle connection has none.
-* The contexts are Python's `ssl.SSLContext`, and the library is the one that Python's `ssl` has loaded: its functions
-  are looked up at run time.  Where that cannot be done the import fails, and `transports` uses the loop's own.
+* The contexts are Python's `ssl.SSLContext`, and the library is the one that Python's `ssl` has loaded, see `openssl`.
+  Where there is none that can be used the import fails, and `transports` uses the loop's own.
 
-For CPython with OpenSSL 3 on Linux.  Contexts must not have an `sni_callback`.
+For CPython with OpenSSL 3 on Linux.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.object cimport PyObject
 from libc.errno cimport EAGAIN, EINTR, errno
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
-import _ssl
+from .openssl cimport (
+    BIO_NOCLOSE,
+    SSL_ERROR_SYSCALL,
+    SSL_ERROR_WANT_READ,
+    SSL_ERROR_WANT_WRITE,
+    SSL_ERROR_ZERO_RETURN,
+    Context,
+    Inbox,
+    new_inbox,
+    openssl,
+)
+
 import os
 import ssl
-import sys
 
-__all__ = ["Context", "Poller", "Transport"]
+__all__ = ["Poller", "Transport"]
 
-
-cdef extern from "<dlfcn.h>" nogil:
-    void *dlopen(const char *path, int flags)
-    void *dlsym(void *handle, const char *name)
-    int RTLD_NOW
 
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)
@@ -56,161 +60,6 @@ cdef extern from "<sys/epoll.h>" nogil:
     int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD
     uint32_t EPOLLIN, EPOLLOUT, EPOLLERR, EPOLLHUP
 
-cdef extern from *:
-    """
-    /* How CPython's PySSLContext begins (Modules/_ssl.h); the same in 3.11 to 3.14. */
-    typedef struct { PyObject_HEAD void *ctx; } derper_ssl_context;
-    """
-    ctypedef struct derper_ssl_context:
-        void *ctx
-
-
-# -- OpenSSL ----------------------------------------------------------------------------------------------------------
-
-ctypedef void *(*new_f)(const void *) noexcept nogil
-ctypedef void (*free_f)(void *) noexcept nogil
-ctypedef int (*state_f)(void *) noexcept nogil
-ctypedef int (*read_f)(void *, void *, int) noexcept nogil
-ctypedef int (*write_f)(void *, const void *, int) noexcept nogil
-ctypedef int (*get_error_f)(const void *, int) noexcept nogil
-ctypedef const char *(*text_f)(const void *) noexcept nogil
-ctypedef uint64_t (*options_f)(const void *) noexcept nogil
-ctypedef long (*ctrl_f)(void *, int, long, void *) noexcept nogil
-ctypedef void (*clear_f)() noexcept nogil
-ctypedef unsigned long (*code_f)() noexcept nogil
-ctypedef const char *(*reason_f)(unsigned long) noexcept nogil
-ctypedef void (*set_bio_f)(void *, void *, void *) noexcept nogil
-ctypedef void *(*meth_new_f)(int, const char *) noexcept nogil
-ctypedef int (*meth_set_read_f)(void *, read_f) noexcept nogil
-ctypedef int (*meth_set_ctrl_f)(void *, ctrl_f) noexcept nogil
-ctypedef void *(*new_socket_f)(int, int) noexcept nogil
-ctypedef void (*set_data_f)(void *, void *) noexcept nogil
-ctypedef void (*set_flags_f)(void *, int) noexcept nogil
-
-cdef struct OpenSSL:
-    new_f SSL_new, SSL_get_current_cipher, BIO_new, BIO_get_data
-    free_f SSL_free, SSL_set_accept_state
-    state_f SSL_do_handshake, SSL_shutdown, SSL_pending
-    read_f SSL_read
-    write_f SSL_write
-    get_error_f SSL_get_error
-    text_f SSL_get_version, SSL_CIPHER_get_name
-    options_f SSL_CTX_get_options
-    ctrl_f SSL_CTX_ctrl
-    set_bio_f SSL_set_bio
-    clear_f ERR_clear_error
-    code_f ERR_peek_last_error
-    reason_f ERR_reason_error_string
-    meth_new_f BIO_meth_new
-    meth_set_read_f BIO_meth_set_read
-    meth_set_ctrl_f BIO_meth_set_ctrl
-    new_socket_f BIO_new_socket
-    set_data_f BIO_set_data
-    set_flags_f BIO_set_flags, BIO_clear_flags, BIO_set_init
-
-cdef enum:  # of openssl/ssl.h and openssl/bio.h
-    SSL_ERROR_SSL = 1
-    SSL_ERROR_WANT_READ = 2
-    SSL_ERROR_WANT_WRITE = 3
-    SSL_ERROR_SYSCALL = 5
-    SSL_ERROR_ZERO_RETURN = 6
-    SSL_CTRL_MODE = 33
-    SSL_MODE_ENABLE_PARTIAL_WRITE = 0x01
-    SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER = 0x02
-    SSL_MODE_RELEASE_BUFFERS = 0x10
-    BIO_TYPE_SOURCE_SINK = 0x0400
-    BIO_CTRL_FLUSH = 11
-    BIO_NOCLOSE = 0
-    BIO_READ_AGAIN = 0x01 | 0x08  # BIO_FLAGS_READ | BIO_FLAGS_SHOULD_RETRY
-
-cdef OpenSSL openssl
-cdef void *inbox_method
-
-
-cdef void *_library() except NULL:
-    if sys.implementation.name != "cpython" or sys.platform != "linux" or ssl.OPENSSL_VERSION_INFO < (3,):
-        raise ImportError("this is for CPython with OpenSSL 3 on Linux")
-    path = getattr(_ssl, "__file__", None)
-    if path is None:
-        raise ImportError("OpenSSL is a part of this Python, and its functions cannot be found")
-    cdef bytes name = os.fsencode(path)
-    cdef void *library = dlopen(name, RTLD_NOW)
-    if library == NULL:
-        raise ImportError("Python's OpenSSL cannot be opened")
-    return library
-
-
-cdef void *_find(void *library, bytes name) except NULL:
-    cdef void *found = dlsym(library, name)
-    if found == NULL:
-        raise ImportError(f"Python's OpenSSL has no {name.decode()} that can be found")
-    return found
-
-
-cdef int _load() except -1:
-    global inbox_method
-    cdef void *library = _library()
-    openssl.SSL_new = <new_f>_find(library, b"SSL_new")
-    openssl.SSL_free = <free_f>_find(library, b"SSL_free")
-    openssl.SSL_set_bio = <set_bio_f>_find(library, b"SSL_set_bio")
-    openssl.SSL_set_accept_state = <free_f>_find(library, b"SSL_set_accept_state")
-    openssl.SSL_do_handshake = <state_f>_find(library, b"SSL_do_handshake")
-    openssl.SSL_shutdown = <state_f>_find(library, b"SSL_shutdown")
-    openssl.SSL_pending = <state_f>_find(library, b"SSL_pending")
-    openssl.SSL_read = <read_f>_find(library, b"SSL_read")
-    openssl.SSL_write = <write_f>_find(library, b"SSL_write")
-    openssl.SSL_get_error = <get_error_f>_find(library, b"SSL_get_error")
-    openssl.SSL_get_version = <text_f>_find(library, b"SSL_get_version")
-    openssl.SSL_get_current_cipher = <new_f>_find(library, b"SSL_get_current_cipher")
-    openssl.SSL_CIPHER_get_name = <text_f>_find(library, b"SSL_CIPHER_get_name")
-    openssl.SSL_CTX_get_options = <options_f>_find(library, b"SSL_CTX_get_options")
-    openssl.SSL_CTX_ctrl = <ctrl_f>_find(library, b"SSL_CTX_ctrl")
-    openssl.ERR_clear_error = <clear_f>_find(library, b"ERR_clear_error")
-    openssl.ERR_peek_last_error = <code_f>_find(library, b"ERR_peek_last_error")
-    openssl.ERR_reason_error_string = <reason_f>_find(library, b"ERR_reason_error_string")
-    openssl.BIO_meth_new = <meth_new_f>_find(library, b"BIO_meth_new")
-    openssl.BIO_meth_set_read = <meth_set_read_f>_find(library, b"BIO_meth_set_read")
-    openssl.BIO_meth_set_ctrl = <meth_set_ctrl_f>_find(library, b"BIO_meth_set_ctrl")
-    openssl.BIO_new = <new_f>_find(library, b"BIO_new")
-    openssl.BIO_new_socket = <new_socket_f>_find(library, b"BIO_new_socket")
-    openssl.BIO_set_data = <set_data_f>_find(library, b"BIO_set_data")
-    openssl.BIO_get_data = <new_f>_find(library, b"BIO_get_data")
-    openssl.BIO_set_init = <set_flags_f>_find(library, b"BIO_set_init")
-    openssl.BIO_set_flags = <set_flags_f>_find(library, b"BIO_set_flags")
-    openssl.BIO_clear_flags = <set_flags_f>_find(library, b"BIO_clear_flags")
-    inbox_method = openssl.BIO_meth_new(BIO_TYPE_SOURCE_SINK, b"inbox")
-    openssl.BIO_meth_set_read(inbox_method, _take)
-    openssl.BIO_meth_set_ctrl(inbox_method, _control)
-    return 0
-
-
-cdef struct Inbox:  # bytes that were received, and that OpenSSL has not taken yet
-    const char *at
-    Py_ssize_t size
-
-
-cdef int _take(void *bio, void *into, int most) noexcept nogil:
-    cdef Inbox *inbox = <Inbox *>openssl.BIO_get_data(bio)
-    openssl.BIO_clear_flags(bio, BIO_READ_AGAIN)
-    if inbox.size == 0:
-        openssl.BIO_set_flags(bio, BIO_READ_AGAIN)
-        return -1
-    if most > inbox.size:
-        most = <int>inbox.size
-    memcpy(into, inbox.at, most)
-    inbox.at += most
-    inbox.size -= most
-    return most
-
-
-cdef long _control(void *bio, int command, long number, void *pointer) noexcept nogil:
-    return command == BIO_CTRL_FLUSH
-
-
-_load()
-
-
-# -- connections ------------------------------------------------------------------------------------------------------
 
 cdef enum:
     TURN = 128 << 10  # bytes received at a time; then others have their turn
@@ -220,27 +69,6 @@ cdef enum:
 
 cdef enum State:
     HANDSHAKE, OPEN, FLUSHING, LINGERING, CLOSED
-
-
-cdef class Context:
-    """An `ssl.SSLContext` for these connections; how it buffers is changed."""
-
-    cdef object context
-    cdef void *ctx
-
-    def __cinit__(self, context):
-        if not isinstance(context, ssl.SSLContext):
-            raise TypeError("a Context is made from an ssl.SSLContext")
-        self.context = context
-        self.ctx = (<derper_ssl_context *><PyObject *>context).ctx
-        if openssl.SSL_CTX_get_options(self.ctx) & 0xFFFFFFFF != int(context.options) & 0xFFFFFFFF:
-            raise RuntimeError("this Python has TLS contexts of another form")
-        openssl.SSL_CTX_ctrl(
-            self.ctx,
-            SSL_CTRL_MODE,
-            SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER | SSL_MODE_RELEASE_BUFFERS,
-            NULL,
-        )
 
 
 cdef class Poller:
@@ -363,12 +191,10 @@ cdef class Transport:
         self.ssl = openssl.SSL_new(context.ctx)
         if self.ssl == NULL:
             raise MemoryError
-        incoming, outgoing = openssl.BIO_new(inbox_method), openssl.BIO_new_socket(self.fd, BIO_NOCLOSE)
+        incoming, outgoing = new_inbox(&self.inbox), openssl.BIO_new_socket(self.fd, BIO_NOCLOSE)
         openssl.SSL_set_bio(self.ssl, incoming, outgoing)
         if incoming == NULL or outgoing == NULL:
             raise MemoryError
-        openssl.BIO_set_data(incoming, &self.inbox)
-        openssl.BIO_set_init(incoming, 1)
         openssl.SSL_set_accept_state(self.ssl)
 
     def __dealloc__(self):

@@ -8,7 +8,7 @@ import ssl
 from collections.abc import Callable
 
 try:
-    from . import tlsio
+    from . import openssl, tlsio
 except ImportError:  # not compiled, or there is no OpenSSL that it can use
     tlsio = None  # type: ignore[assignment]
 
@@ -22,7 +22,7 @@ class Transports:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._poller = None if tlsio is None else tlsio.Poller(loop)
-        self._last: tuple[ssl.SSLContext, tlsio.Context] | None = None
+        self._last: tuple[ssl.SSLContext, openssl.Context] | None = None
 
     def open(
         self,
@@ -42,9 +42,9 @@ class Transports:
         transport.start()
         return transport.abort
 
-    def _context(self, context: ssl.SSLContext) -> tlsio.Context:
+    def _context(self, context: ssl.SSLContext) -> openssl.Context:
         if self._last is None or self._last[0] is not context:
-            self._last = context, tlsio.Context(context)
+            self._last = context, openssl.Context(context)
         return self._last[1]
 
     async def _on_loop(
