@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import random
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from . import __version__, config, procfs
 from .config import Config, HelpWanted, UsageError, VersionWanted
 from .ports import StartError
-from .runtime import raise_file_limit, run, set_up_logging, stop_signals
+from .runtime import raise_file_limit, run, set_up_logging, settle, stop_signals
 from .server import Relay
 from .workers.messages import Place
 
@@ -95,8 +94,7 @@ async def serve(chosen: Config) -> None:
     stop = stop_signals()
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, relay.reload)
     await relay.start()
-    gc.collect()
-    gc.freeze()  # what lives now lives as long as the process; do not look at it again
+    settle()
     await stop.wait()
     stop.clear()
     log.info("derper: draining")

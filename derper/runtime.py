@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import resource
 import signal
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, Final
 
-__all__ = ["raise_file_limit", "run", "set_up_logging", "stop_signals"]
+__all__ = ["raise_file_limit", "run", "set_up_logging", "settle", "stop_signals"]
+
+_COLLECT: Final = (2000, 10, 1_000_000)  # 2000 new objects, ten times that; and in effect never all
 
 
 def stop_signals() -> asyncio.Event:
@@ -32,6 +35,17 @@ def run(main_coroutine: Callable[[], Coroutine[Any, Any, None]]) -> None:
         return
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main_coroutine())
+
+
+def settle() -> None:
+    """Call it when the process has started: the garbage collector leaves alone what lives long.
+
+    What is here now is here to the end.  Clients make no cycles and need no collector, yet a look at the objects of
+    12,000 took 70 ms, in which no packet moved, after each 3,000 logins.  Young objects are looked at in 3 ms.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_COLLECT)
 
 
 def set_up_logging(whose: str = "") -> None:

@@ -18,6 +18,7 @@ from ..config import Config
 from ..net.listener import Factory, Listener
 from ..net.siblings import SiblingLink
 from ..net.stun import STUNServer
+from ..runtime import settle
 from ..server import Relay, StartError
 from ..wire.clienthello import ClientHello
 from ..wire.keys import NodePrivate
@@ -108,6 +109,7 @@ class _Worker:
             self._channel.tell(Failed(str(error)))
             await self._end.wait()
             return
+        settle()
         self._start(self._beat(relay))
         await self._end.wait()
         for task in self._tasks:

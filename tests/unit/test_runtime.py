@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import resource
 import signal
+import sys
 
 from derper import runtime
 
@@ -18,6 +20,18 @@ def test_as_many_files_as_allowed() -> None:
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_the_collector_leaves_alone_what_lives_long() -> None:
+    before = gc.get_threshold()
+    try:
+        runtime.settle()
+        assert gc.get_freeze_count() > 10_000
+        assert gc.get_threshold()[0] >= 2000
+        assert gc.get_threshold()[2] >= 1000 or sys.version_info >= (3, 14)  # which looks at a part at a time
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*before)
 
 
 async def test_signals() -> None:
