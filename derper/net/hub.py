@@ -32,6 +32,7 @@ log = logging.getLogger("derper")
 
 _KEEP_ALIVES: Final = range(int(KEEP_ALIVE_SECONDS), int(KEEP_ALIVE_SECONDS) + 6)  # seconds between two
 _TICK: Final = 1.0
+_TELL: Final = 0.005  # seconds between two pieces of news for mesh peers, if much happens
 _LOOK: Final = 0.1  # seconds between looks for stalled clients
 _INFOS: Final = 64  # client infos to remember
 _INFO_BYTES: Final = 256  # of the longest such
@@ -56,6 +57,8 @@ class Hub:
         self.greeting = handshake.server_key_frame(private_key.public)
         self.counters = Counters()
         self.router = Router(private_key.public, self.counters, number)
+        self.router.has_news = self._has_news
+        self._told = 0.0  # when the watchers were last told
         self.loop = asyncio.get_running_loop()
         self.clock = self.loop.time
         self.tells_tcp_info = tells_tcp_info()
@@ -141,6 +144,18 @@ class Hub:
         event = parse_event(FrameType.PEER_PRESENT, frame[HEADER_LEN:])
         if isinstance(event, PeerPresent) and self.mesh_peer_seen is not None:
             self.mesh_peer_seen(event.peer, str(event.ip))
+
+    def _has_news(self) -> None:
+        """Clients that come, or go, in quick succession are told of together."""
+        wait = self._told + _TELL - self.clock()
+        if wait > 0:
+            self.loop.call_later(wait, self._tell)
+        else:
+            self.loop.call_soon(self._tell)
+
+    def _tell(self) -> None:
+        self._told = self.clock()
+        self.router.tell()
 
     def _tick(self) -> None:
         self._timer = self.loop.call_later(_TICK, self._tick)

@@ -15,8 +15,8 @@ A client of this node always wins over a forwarder, and a forwarded packet is ne
 
 from __future__ import annotations
 
-from collections.abc import ItemsView
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, ItemsView
+from typing import TYPE_CHECKING, Final, Protocol
 
 from ..wire import frames
 from ..wire.frames import PeerGoneReason
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from .session import Session
 
 __all__ = ["Forwarder", "Router"]
+
+_MOST_NEWS: Final = 1000  # that may wait
 
 
 class Forwarder(Protocol):
@@ -82,6 +84,9 @@ class Router:
         self.watchers: set[Session] = set()
         self.node = Node(self, number)
         self.elsewhere = self.node.elsewhere
+        #: Called when there is news for the watchers.  Whoever replaces it may collect more, but calls `tell` soon.
+        self.has_news: Callable[[], None] = self.tell
+        self._news: list[bytes] = []
         self._duplicates: dict[bytes, _Duplicates] = {}
         self._interested: dict[bytes, set[Session]] = {}
 
@@ -201,6 +206,7 @@ class Router:
         """A mesh peer wants to know every client: tell it of this node's, and of all changes to come."""
         if session.key == self.public_key:
             return  # the relay dialed itself
+        self.tell()  # those who watch already, of what the new one is told as a part of all
         present = [client.present_frame() for client in self.active.values()]
         present += [client.frame for client in self.elsewhere.values()]
         session.control(b"".join(present))
@@ -236,7 +242,8 @@ class Router:
     @property
     def clients_total(self) -> int:
         """How many client keys the region has, as far as this relay knows."""
-        return len(self.active.keys() | self.elsewhere.keys() | self.forwarders.keys())
+        here = self.active.keys() | self.elsewhere.keys()
+        return len(here) + len(self.forwarders) - len(here & self.forwarders.keys())
 
     def has(self, key: bytes) -> bool:
         """Whether a client of this node has this key."""
@@ -268,10 +275,23 @@ class Router:
             session.peer_gone(key, PeerGoneReason.DISCONNECTED)
 
     def broadcast(self, frame: bytes) -> None:
-        """Tell all watchers."""
-        for watcher in self.watchers:
-            watcher.control(frame)
-            self._count_update(1)
+        """News for all watchers."""
+        if not self.watchers:
+            return
+        self._news.append(frame)
+        if len(self._news) == 1:
+            self.has_news()
+        elif len(self._news) >= _MOST_NEWS:
+            self.tell()
+
+    def tell(self) -> None:
+        """Tell all watchers what is new, in one write each."""
+        news, self._news = self._news, []
+        if news:
+            frames_of_all = b"".join(news)
+            for watcher in self.watchers:
+                watcher.control(frames_of_all)
+                self._count_update(len(news))
 
     def _count_update(self, changes: int) -> None:
         """A watcher was told of so many changes at once."""

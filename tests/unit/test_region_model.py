@@ -116,6 +116,8 @@ class RegionMachine(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
         self.nodes = [Bench(BY_MESH + number) for number in NODES]
+        for node in self.nodes:
+            node.router.has_news = lambda: None  # they are told when a rule says so
         self.ways: dict[tuple[int, int], Way] = {}
         for pair in permutations(NODES, 2):
             self.dial(*pair)
@@ -217,6 +219,10 @@ class RegionMachine(RuleBasedStateMachine):
         if way in self.ways:
             (self.ways[way].carry_there if there else self.ways[way].carry_back)(most)
 
+    @rule(node=st.sampled_from(NODES))
+    def tell(self, node: int) -> None:
+        self.nodes[node].router.tell()
+
     @rule(way=st.sampled_from(list(permutations(NODES, 2))))
     def end_turn(self, way: tuple[int, int]) -> None:
         if way in self.ways:
@@ -255,6 +261,8 @@ class RegionMachine(RuleBasedStateMachine):
     def carry_everything(self) -> None:
         for way in self.ways.values():
             way.turns.end()
+        for node in self.nodes:
+            node.router.tell()
         while any(way.near.under_way or way.far.writes for way in self.ways.values()):
             for way in self.ways.values():
                 way.carry_back(1000)

@@ -10,13 +10,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
+from derper.relay import router as router_module
 from derper.relay.limits import QUEUE_DEPTH
 from derper.relay.runs import packets_of
 from derper.wire import frames
 from derper.wire.client import PeerGone, PeerPresent, ReceivedPacket
 from derper.wire.frames import PeerGoneReason
 
-from .core import Bench, BenchClient, BenchLink, key
+from .core import Bench, BenchClient, BenchLink, events_of, key
 
 KEYS = range(1, 4)  # few, so that they meet
 
@@ -511,3 +512,45 @@ def test_a_second_way_takes_over(bench: Bench) -> None:
     counters = bench.counters
     assert (counters.multiforwarder_created, counters.multiforwarder_deleted) == (1, 1)
     assert counters.packet_forwarder_delete_other_value == 2
+
+
+def test_news_that_are_collected_are_told_together_and_in_order(bench: Bench) -> None:
+    watcher = bench.client(9, mesh=True)
+    watcher.feed(frames.watch_conns())
+    watcher.writes.clear()
+    asked: list[None] = []
+    bench.router.has_news = lambda: asked.append(None)
+    alice = bench.client(1)
+    bench.leave(alice)
+    bench.client(2)
+    assert (len(asked), watcher.writes) == (1, [])
+    bench.router.tell()
+    assert len(watcher.writes) == 1
+    told = [(type(event), event.peer) for event in watcher.received() if isinstance(event, PeerPresent | PeerGone)]
+    assert told == [(PeerPresent, key(1)), (PeerGone, key(1)), (PeerPresent, key(2))]
+    bench.router.tell()
+    assert watcher.writes == []
+
+
+def test_who_begins_to_watch_is_not_told_what_is_older(bench: Bench) -> None:
+    first, second = bench.client(8, mesh=True), bench.client(9, mesh=True)
+    first.feed(frames.watch_conns())
+    first.writes.clear()
+    bench.router.has_news = lambda: None
+    bench.leave(bench.client(1))
+    second.feed(frames.watch_conns())
+    assert [type(event) for event in first.received()] == [PeerPresent, PeerGone]
+    assert all(isinstance(event, PeerPresent) and event.peer != key(1) for event in second.received())
+    bench.router.tell()
+    assert first.writes == second.writes == []
+
+
+def test_no_more_news_wait_than_a_bound(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_module, "_MOST_NEWS", 3)
+    watcher = bench.client(9, mesh=True)
+    watcher.feed(frames.watch_conns())
+    watcher.writes.clear()
+    bench.router.has_news = lambda: None
+    for number in range(1, 6):
+        bench.client(number)
+    assert [len(events_of(write)) for write in watcher.writes] == [3]
