@@ -115,14 +115,15 @@ class Generator:
         """The process that makes the load."""
         return self._process.pid
 
-    def open(self, relay: Relay, count: int, *, parallel: int = 32) -> float:
+    def open(self, relay: Relay, count: int, *, parallel: int = 32, source: str = "127.0.0.1") -> float:
         """Connects and logs in more clients, numbered on from the last; returns the seconds that it took.
 
-        Raises BenchError unless all of them are logged in.
+        An address of the loopback, `source`, has ports for some 28,000 connections to a relay. Raises BenchError unless
+        all of them are logged in.
         """
         logins = self._folder / "logins"
         logins.write_text("".join(_logins(relay.public_key, count)))
-        answer = self._ask(f"open {relay.port} {count} {parallel} {OPEN_LIMIT} {logins}")
+        answer = self._ask(f"open {relay.port} {source} {count} {parallel} {OPEN_LIMIT} {logins}")
         if failed := answer["failed"]:
             raise BenchError(f"{failed} of {count} clients could not log in to the relay on port {relay.port}")
         return float(answer["seconds"])
@@ -159,7 +160,7 @@ def generating(binary: Path, *, core: int) -> Iterator[Generator]:
     """A load generator on its core, without clients yet; they disconnect when the block ends."""
     with tempfile.TemporaryDirectory(prefix="derp-bench-") as folder, Path(folder, "stderr").open("wb") as errors:
         pipe = subprocess.PIPE
-        with pinned([str(binary)], core=core, stdin=pipe, stdout=pipe, stderr=errors) as process:
+        with pinned([str(binary)], cores=[core], stdin=pipe, stdout=pipe, stderr=errors) as process:
             yield Generator(process, Path(folder))
 
 

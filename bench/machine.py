@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import resource
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -82,6 +83,41 @@ def family(pid: int) -> Iterator[int]:
         with suppress(OSError):
             for child in listing.read_text().split():
                 yield from family(int(child))
+
+
+def connections(pid: int) -> dict[int, int]:
+    """Open sockets of a process and of its children, by process."""
+    found = {}
+    for process in family(pid):
+        count = 0
+        for entry in (PROC / str(process) / "fd").iterdir():
+            with suppress(OSError):
+                count += os.readlink(entry).startswith("socket:")
+        found[process] = count
+    return found
+
+
+def allow_many_files() -> None:
+    """Lets this process and its children open as many files as the machine permits: each client is a socket."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def files_allowed(wanted: int) -> int:
+    """How many files a process may open here: `wanted`, or fewer if the limit is lower and may not be raised."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if (
+        hard >= wanted
+        or subprocess.run(["prlimit", f"--nofile={wanted}:{wanted}", "true"], capture_output=True).returncode == 0
+    ):
+        return wanted
+    return hard
+
+
+def free_bytes() -> int:
+    """Memory that is free or can be made free at once."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", (PROC / "meminfo").read_text(), re.MULTILINE)
+    return int(found[1]) << 10 if found else 0
 
 
 def sample(cores: Cores) -> CpuTime:

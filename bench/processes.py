@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,19 +19,24 @@ PRIORITY = -15
 def pinned(
     command: Sequence[str],
     *,
-    core: int,
+    cores: Sequence[int],
+    files: int = 0,
     env: Mapping[str, str] | None = None,
     stdin: int | None = subprocess.DEVNULL,
     stdout: int | IO[bytes] | None = None,
     stderr: int | IO[bytes] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Runs a command on one core with raised priority (as root; else with the usual one) until the block ends.
+    """Runs a command on some cores with raised priority (as root; else with the usual one) until the block ends.
 
-    The kernel ends the child when this process dies, however it dies. Raises BenchError when util-linux is missing.
+    It may open `files` files, if more than others; `machine.files_allowed` says how many can be had. The kernel ends
+    the child when this process dies, however it dies. Raises BenchError when util-linux is missing.
     """
-    if not all(map(shutil.which, ("setpriv", "taskset", "nice"))):
-        raise BenchError("setpriv, taskset and nice are needed: install util-linux and coreutils")
-    prefix = f"setpriv --pdeathsig KILL taskset --cpu-list {core} nice --adjustment {PRIORITY}".split()
+    if not all(map(shutil.which, ("setpriv", "taskset", "prlimit", "nice"))):
+        raise BenchError("setpriv, taskset, prlimit and nice are needed: install util-linux and coreutils")
+    listed = ",".join(map(str, cores))
+    prefix = f"setpriv --pdeathsig KILL taskset --cpu-list {listed} nice --adjustment {PRIORITY}".split()
+    if files > resource.getrlimit(resource.RLIMIT_NOFILE)[1]:
+        prefix = ["prlimit", f"--nofile={files}:{files}", *prefix]
     process = subprocess.Popen(
         [*prefix, *command], env=env, stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True
     )

@@ -52,7 +52,7 @@ class Region:
         log = own.enter_context((place.folder / "log").open("wb"))
         started = time.monotonic()
         process = own.enter_context(
-            pinned(command, core=self._core, env=environment, stdout=subprocess.DEVNULL, stderr=log)
+            pinned(command, cores=[self._core], env=environment, stdout=subprocess.DEVNULL, stderr=log)
         )
         wait_for(process, place.port)
         self._processes[number] = own, process

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -60,6 +60,14 @@ def _limit_arguments(place: Place) -> list[str]:
 
 
 @dataclass(frozen=True)
+class Workers:
+    """The flags and the environment that make a number of workers."""
+
+    flags: tuple[str, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Build:
     """A relay that can be started: `side` names it in the results, `version` says what exactly was measured."""
 
@@ -68,6 +76,13 @@ class Build:
     command: tuple[str, ...]
     env: dict[str, str] = field(default_factory=dict)
     arguments: Callable[[Place], list[str]] = derper_flags
+    workers: Callable[[int], Workers] | None = None
+    """How to start more than one worker."""
+
+    @property
+    def is_derper(self) -> bool:
+        """Whether it meshes and has metrics, as stock derper."""
+        return self.arguments is derper_flags
 
 
 @dataclass(frozen=True)
@@ -78,6 +93,8 @@ class Relay:
     port: int
     public_key: bytes
     start_seconds: float
+    metrics_url: str = ""
+    """Where its metrics are; empty if it has none."""
 
     def cpu_seconds(self) -> float:
         """CPU time that the relay has used so far, its children included."""
@@ -94,8 +111,12 @@ def stock(step: Step, side: str = "stock") -> Build:
         binary = build_peers(step).derper
     except GoMissingError as error:
         raise BenchError("there is no `go` on the PATH: install Go to build stock derper") from error
+
+    def workers(number: int) -> Workers:
+        return Workers(env={"GOMAXPROCS": str(number)})
+
     # GOMAXPROCS=1 is what Go chooses in a container with one core; under taskset it would choose the same.
-    return Build(side, _go_version(binary), (str(binary),), {"GOMAXPROCS": "1"})
+    return Build(side, _go_version(binary), (str(binary),), {"GOMAXPROCS": "1"}, workers=workers)
 
 
 def ours() -> Build:
@@ -110,7 +131,12 @@ def ours() -> Build:
     else:
         way = "compiled" if extensions.current() else "pure Python"
     version = f"derper {metadata.version('derp-regions')}, {way}, Python {sys.version.split()[0]}"
-    return Build("ours", f"{version}{_commit()}", (str(command),))
+
+    def workers(number: int) -> Workers:
+        return Workers(flags=(f"-workers={number}",) if number > 1 else ())
+
+    knows_workers = re.search(r"^\s*-workers\b", _output(str(command), "-help"), re.MULTILINE)
+    return Build("ours", f"{version}{_commit()}", (str(command),), workers=workers if knows_workers else None)
 
 
 def limit(step: Step) -> Build:
@@ -120,21 +146,34 @@ def limit(step: Step) -> Build:
 
 
 @contextmanager
-def running(build: Build, *, core: int) -> Iterator[Relay]:
+def running(
+    build: Build,
+    *,
+    core: int,
+    place: Place | None = None,
+    extra: Workers | None = None,
+    also: Sequence[int] = (),
+    files: int = 0,
+) -> Iterator[Relay]:
     """A relay on a free port of 127.0.0.1, ready for clients.
 
-    Raises BenchError with the relay's last words if it ends before the block does.
+    `place` and `extra` are for one that needs others; `also` are further cores, `files` how many it will open. Raises
+    BenchError with the relay's last words if it ends before the block does.
     """
+    extra = extra or Workers()
     with tempfile.TemporaryDirectory(prefix="derp-bench-") as folder, Path(folder, "log").open("w+b") as log:
-        key = PrivateKey.generate()
-        port = free_port()
-        command = [*build.command, *build.arguments(Place(Path(folder), port, key))]
-        environment = {**os.environ, **build.env}
+        place = place or Place(Path(folder), free_port(), PrivateKey.generate())
+        command = [*build.command, *build.arguments(place), *extra.flags]
+        environment = {**os.environ, **build.env, **extra.env}
+        metrics = f"https://127.0.0.1:{place.port}/debug/varz" if build.is_derper else ""
         started = time.monotonic()
-        with pinned(command, core=core, env=environment, stdout=subprocess.DEVNULL, stderr=log) as process:
+        with pinned(
+            command, cores=(core, *also), files=files, env=environment, stdout=subprocess.DEVNULL, stderr=log
+        ) as process:
             try:
-                wait_for(process, port)
-                yield Relay(process.pid, port, bytes(key.public_key), time.monotonic() - started)
+                wait_for(process, place.port)
+                seconds = time.monotonic() - started
+                yield Relay(process.pid, place.port, bytes(place.key.public_key), seconds, metrics)
             finally:
                 if process.poll() is not None:
                     raise BenchError(f"the relay `{build.side}` ended: {_last_words(Path(log.name))}")

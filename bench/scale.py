@@ -17,13 +17,12 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import generator, machine, network, reach, relays, report
-from bench.__main__ import allow_many_files
+from bench import figures, generator, machine, network, reach, relays, report
 from bench.errors import BenchError
 from bench.generator import Generator
 from bench.region import Gauges, Region, meshed
 from bench.relays import Build
-from bench.scenarios import Figure
+from bench.rig import Figure
 
 HERE = Path(__file__).parent
 SETTLE = 2.0
@@ -79,11 +78,11 @@ def _bench(arguments: argparse.Namespace) -> None:
     binary, cores = generator.build(step), machine.pick_cores()
     tcp = network.describe(network.enter())
     step(tcp)
-    allow_many_files()
+    machine.allow_many_files()
     os.sched_setaffinity(0, {cores.generator})  # the other core is the region's alone
     generators = functools.partial(generator.generating, binary, core=cores.generator)
     scenario = Scale(arguments.nodes, arguments.clients, arguments.probes, cores, generators)
-    rows: list[report.Row] = []
+    rows: list[figures.Row] = []
     for number in range(arguments.rounds):
         for build in builds if number % 2 == 0 else reversed(builds):
             for row in _measured(scenario, number, build):
@@ -92,22 +91,22 @@ def _bench(arguments: argparse.Namespace) -> None:
     _write(arguments, rows, builds, tcp, step)
 
 
-def _measured(scenario: Scale, number: int, build: Build) -> Iterator[report.Row]:
+def _measured(scenario: Scale, number: int, build: Build) -> Iterator[figures.Row]:
     before = machine.sample(scenario.cores)
     for f in scenario.measure(build):
         after = machine.sample(scenario.cores)
         foreign, before = machine.foreign_share(before, after), after
-        yield report.Row(number, build.side, scenario.name, f.name, f.value, f.unit, f.better, f.note, foreign)
+        yield figures.Row(number, build.side, scenario.name, f.name, f.value, f.unit, f.better, f.note, foreign)
 
 
 def _write(
-    arguments: argparse.Namespace, rows: Sequence[report.Row], builds: Sequence[Build], tcp: str, step: relays.Step
+    arguments: argparse.Namespace, rows: Sequence[figures.Row], builds: Sequence[Build], tcp: str, step: relays.Step
 ) -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "scale.csv").write_text(report.to_csv(rows))
+    (arguments.output / "scale.csv").write_text(figures.to_csv(rows))
     if len(builds) == 2:
         sides = (builds[0].side, builds[1].side)
-        table = report.table(report.compare(rows, sides), sides, {})
+        table = report.table(figures.compare(rows, sides), sides, {})
         facts = [time.strftime("%Y-%m-%d"), *(f"{build.side}: {build.version}" for build in builds)]
         listed = "\n".join(f"- {fact}" for fact in (*facts, *machine.describe(), tcp, report.quiet(rows)))
         how = HOW.format(rounds=arguments.rounds)

@@ -81,9 +81,10 @@ extern struct clients clients;
 typedef void packet_handler(struct client *to, const uint8_t *from_key, const uint8_t *packet, size_t len, uint64_t now);
 
 void clients_init(packet_handler *on_packet);
-/* Connects `count` clients to 127.0.0.1:port, `parallel` at a time, with the logins of `file` ("serverkey key frame"
- * per line, hexadecimal). Returns how many reached the end of the DERP login; ends after `seconds` at the latest. */
-uint32_t clients_open(int port, uint32_t count, uint32_t parallel, double seconds, const char *file);
+/* Connects `count` clients from `source` to 127.0.0.1:port, `parallel` at a time, with the logins of `file` ("serverkey
+ * key frame" per line, hexadecimal). Returns how many reached the end of the DERP login; ends after `seconds` at the
+ * latest. */
+uint32_t clients_open(int port, const char *source, uint32_t count, uint32_t parallel, double seconds, const char *file);
 bool clients_poll(int timeout_ms);           /* handles what is readable; tells whether anything was */
 bool client_blocked(const struct client *c); /* closed, or its socket is full: a real client would drop now */
 /* One TLS record per 16 KiB. Needs one more byte behind `data`. */

@@ -1,6 +1,7 @@
 /* Commands on stdin, one line of JSON on stdout for each that answers:
  *
- *   open PORT COUNT PARALLEL SECONDS FILE      connect more clients       -> clients, failed, seconds
+ *   open PORT SOURCE COUNT PARALLEL SECONDS FILE
+ *                                              connect more clients, from the address SOURCE -> clients, failed, seconds
  *   pace FRAMES RECORDS SIZE RATE FROM:TO ...  declare paced flows: FRAMES in each of RECORDS writes per burst, RATE packets/s
  *   ping SIZE FROM:TO ...                      declare ping-pong flows
  *   run WARM_UP SECONDS QUIET                  run what was declared, then wait for packets under way until none came for
@@ -35,11 +36,11 @@ static void command_open(const char *arguments) {
     int port;
     uint32_t count, parallel;
     double limit;
-    char file[4096];
-    if (sscanf(arguments, "%d %u %u %lf %4095s", &port, &count, &parallel, &limit, file) != 5 || parallel == 0)
-        die("usage: open PORT COUNT PARALLEL SECONDS FILE");
+    char file[4096], source[64];
+    if (sscanf(arguments, "%d %63s %u %u %lf %4095s", &port, source, &count, &parallel, &limit, file) != 6 || parallel == 0)
+        die("usage: open PORT SOURCE COUNT PARALLEL SECONDS FILE");
     uint64_t start = now_ns();
-    uint32_t ready = clients_open(port, count, parallel, limit, file);
+    uint32_t ready = clients_open(port, source, count, parallel, limit, file);
     printf("{\"clients\": %u, \"failed\": %u, \"seconds\": %.6f}\n", ready, count - ready, (double)(now_ns() - start) / 1e9);
 }
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import generator, machine, relays, report
+from bench import figures, generator, machine, relays, report, targets
 from bench.errors import BenchError
 from bench.generator import Paced, PingPong, Shape
 from bench.scenarios import full, pairs, quick
@@ -72,39 +72,90 @@ def test_lattice_stays_within_its_limit() -> None:
 # ---- report ----
 
 
-def _row(number: int, side: str, value: float, figure: str = "ceiling", note: str = "") -> report.Row:
-    return report.Row(number, side, "1300 B, 1x1", figure, value, "kpps", "more", note, 0.02)
+def _row(number: int, side: str, value: float, figure: str = "ceiling", note: str = "") -> figures.Row:
+    return figures.Row(number, side, "1300 B, 1x1", figure, value, "kpps", "more", note, 0.02)
 
 
+SIDES = ("stock", "ours", "limit")
 ROWS = [
     *(_row(i, "stock", value) for i, value in enumerate([90, 100, 130])),
     *(_row(i, "ours", value, note="generator-bound" if i else "") for i, value in enumerate([260, 250, 200])),
+    *(_row(i, "limit", value) for i, value in enumerate([500, 500, 500])),
     _row(0, "stock", 5, figure="only stock has this"),
+    _row(0, "stock", 4, figure="the yardstick lacks this"),
+    _row(0, "ours", 8, figure="the yardstick lacks this"),
 ]
 
 
 def test_ratio_is_that_of_the_medians() -> None:
-    (comparison,) = report.compare(ROWS, ("stock", "ours"))
-    assert (comparison.first.median, comparison.second.median) == (100, 250)
-    assert (comparison.second.low, comparison.second.high) == (200, 260)
-    assert comparison.ratio == 2.5
-    assert comparison.notes == "ours: generator-bound"
+    ceiling, lacking = figures.compare(ROWS, SIDES)
+    assert [ceiling.sides[side].median for side in SIDES] == [100, 250, 500]
+    assert (ceiling.sides["ours"].low, ceiling.sides["ours"].high) == (200, 260)
+    assert (ceiling.ratio("ours", "stock"), ceiling.ratio("ours", "limit")) == (2.5, 0.5)
+    assert ceiling.notes == "ours: generator-bound"
+    assert (lacking.ratio("ours", "stock"), lacking.ratio("ours", "limit")) == (2, None)
 
 
 def test_rows_survive_the_raw_file() -> None:
-    assert report.from_csv(report.to_csv(ROWS)) == ROWS
+    assert figures.from_csv(figures.to_csv(ROWS)) == ROWS
 
 
-def test_results_show_medians_ratio_noise_and_facts() -> None:
-    noise = report.noise_of([_row(0, "stock", 100), _row(0, "stock again", 97)])
-    text = report.results(ROWS, ("stock", "ours"), ["a machine"], noise)
+def test_results_show_medians_ratios_noise_facts_and_gaps() -> None:
+    noise = figures.noise_of([_row(0, "stock", 100), _row(0, "stock again", 97)])
+    text = report.results(ROWS, SIDES, ["a machine"], ["workers: limit has none"], noise)
     assert "- a machine\n" in text
-    row = "| 100 (90.0 - 130) | 250 (200 - 260) | **2.50** | 0.97 | ours: generator-bound |"
+    row = (
+        "| 100 (90.0 - 130) | 250 (200 - 260) | 500 (500 - 500) | **2.50** | **0.50** | 0.97 | ours: generator-bound |"
+    )
     assert f"| 1300 B, 1x1 | ceiling, kpps (more is better) {row}" in text
+    row = "| 4.00 (4.00 - 4.00) | 8.00 (8.00 - 8.00) | - | **2.00** | - | - |  |"
+    assert f"|  | the yardstick lacks this, kpps (more is better) {row}" in text
+    assert text.endswith("## Left out\n\n- workers: limit has none\n")
 
 
 def test_noise_needs_two_sides() -> None:
-    assert report.noise_of([_row(0, "stock", 100)]) == {}
+    assert figures.noise_of([_row(0, "stock", 100)]) == {}
+
+
+# ---- targets ----
+
+
+def _judged(figure: str, note: str = "", **medians: float) -> dict[str, targets.Verdict]:
+    """Verdicts on the first load of all, by their bounds."""
+    scenario = targets.TARGETS[0].scenario
+    rows = [figures.Row(0, side, scenario, figure, value, "", "", note, 0) for side, value in medians.items()]
+    verdicts = targets.judge(figures.compare(rows, SIDES))
+    return {v.target.bound: v for v in verdicts if v.target.scenario == scenario and v.target.figure == figure}
+
+
+def test_a_target_may_be_a_ratio_to_either_relay() -> None:
+    verdicts = _judged("loss-free ceiling", stock=100, ours=250, limit=500)
+    assert verdicts["at least 2.00 x stock"].word == "met"
+    assert verdicts["at least 0.60 x limit"].word == "missed"
+    assert verdicts["at least 0.60 x limit"].measured == 0.5
+
+
+def test_a_target_may_be_a_figure_of_ours() -> None:
+    (met,) = _judged("p99 latency at 3x", stock=70e3, ours=24e3).values()
+    (missed,) = _judged("p99 latency at 3x", stock=70e3, ours=26e3).values()
+    assert (met.word, missed.word) == ("met", "missed")
+    assert met.target.bound == "at most 25000"
+
+
+def test_what_the_generator_limits_is_not_missed() -> None:
+    (verdict, _) = _judged("loss-free ceiling", note="generator-bound", stock=100, ours=150).values()
+    assert verdict.word == "generator-bound"
+
+
+def test_what_was_not_measured_is_counted_and_not_shown() -> None:
+    table = targets.table(_judged("loss-free ceiling", stock=100, ours=250).values())
+    assert "**met**" in table
+    assert "limit" not in table
+    assert table.endswith("\n\n1 met, 0 missed, 0 generator-bound, 1 not measured.")
+
+
+def test_every_target_is_one_of_a_scenario() -> None:
+    assert {target.scenario for target in targets.TARGETS} <= {scenario.name for scenario in full()}
 
 
 @pytest.mark.parametrize("chosen", [quick(), full()])

@@ -1,0 +1,188 @@
+"""What every scenario works with: a relay under test, the means to load it, and one measured window."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from bench.generator import Flow, Generator, Paced, PingPong, Result
+from bench.relays import Relay
+from bench.search import Lattice
+
+TOLERATED_LOSS = 0.01
+LEAST_OFFERED = 0.9
+BUSY = 0.95
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured number. `better` is "more", "less", or empty for a number that only explains others."""
+
+    name: str
+    value: float
+    unit: str
+    better: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long is measured, in seconds, and on which rates.
+
+    `window` and `warm_up` are for each attempt of a search, `long` for a window that is measured once, `settle` for
+    memory to settle.
+    """
+
+    window: float
+    warm_up: float
+    long: float
+    settle: float
+    lattice: Lattice
+
+
+@dataclass
+class Known:
+    """What earlier scenarios and rounds found, by relay and scenario: where a search ended, and packets per second."""
+
+    hints: dict[tuple[str, str], int] = field(default_factory=dict)
+    ceilings: dict[tuple[str, str], float] = field(default_factory=dict)
+
+
+class Relays(Protocol):
+    """Starts relays for one scenario."""
+
+    def fresh(self, *, workers: int = 1, cores: Sequence[int] = (), files: int = 0) -> AbstractContextManager[Relay]:
+        """One relay, or on more cores one with so many workers, which may open so many files. Raises SkipError."""
+
+    def meshed(self) -> AbstractContextManager[Sequence[Relay]]:
+        """Two relays of one region, both on the relays' core. Raises SkipError."""
+
+
+@dataclass
+class Rig:
+    """One relay in one round, and the means to load it. `baseline` is the side that the others are compared with."""
+
+    side: str
+    baseline: str
+    relay: Relay
+    relays: Relays
+    generators: Callable[[], AbstractContextManager[Generator]]
+    cores: Sequence[int]
+    effort: Effort
+    known: Known
+
+    def ceiling(self, scenario: str) -> float | None:
+        """What this relay reached in a scenario, packets per second; None before."""
+        return self.known.ceilings.get((self.side, scenario))
+
+    def baselines_ceiling(self, scenario: str) -> float | None:
+        """What the baseline reached there."""
+        return self.known.ceilings.get((self.baseline, scenario))
+
+
+class Scenario(ABC):
+    """Something to measure on one relay at a time."""
+
+    once = False
+    """Whether one round is enough."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Short, unique, the same for every relay."""
+
+    @abstractmethod
+    def measure(self, rig: Rig) -> Iterator[Figure]:
+        """Runs once and yields its figures. Raises SkipError."""
+
+
+@dataclass(frozen=True)
+class Flows:
+    """Who sends to whom. The first `senders` clients send; in a mesh they are on one relay, the others on another."""
+
+    name: str
+    senders: int
+    receivers: int
+    flows: Sequence[Flow]
+
+
+def pairs(count: int) -> list[Flow]:
+    """Client i sends to client count + i."""
+    return [(i, count + i) for i in range(count)]
+
+
+def paired(count: int) -> Flows:
+    """So many pairs."""
+    return Flows(f"{count} pair{'s' * (count > 1)}", count, count, pairs(count))
+
+
+def fan_in(count: int) -> Flows:
+    """Many to one."""
+    return Flows(f"{count} to 1", count, 1, [(i, count) for i in range(count)])
+
+
+def fan_out(count: int) -> Flows:
+    """One to many."""
+    return Flows(f"1 to {count}", 1, count, [(0, 1 + i) for i in range(count)])
+
+
+@dataclass(frozen=True)
+class Field:
+    """Clients that are logged in, and the relays between them."""
+
+    generator: Generator
+    relays: Sequence[Relay]
+    effort: Effort
+
+    def run(self, *loads: Paced | PingPong, seconds: float | None = None) -> Run:
+        """One window of load, the long one unless told otherwise."""
+        cpu = self._cpu_seconds()
+        result = self.generator.run(*loads, seconds=seconds or self.effort.long, warm_up=self.effort.warm_up)
+        wanted = sum(load.rate for load in loads if isinstance(load, Paced))
+        return Run(result, wanted, self._cpu_seconds() - cpu)
+
+    def _cpu_seconds(self) -> float:
+        return sum(relay.cpu_seconds() for relay in self.relays)
+
+
+@contextmanager
+def on_one_relay(rig: Rig, clients: int, *, relay: Relay | None = None) -> Iterator[Field]:
+    """Clients of the rig's relay, or of another one."""
+    relay = relay or rig.relay
+    with rig.generators() as generator:
+        generator.open(relay, clients)
+        yield Field(generator, [relay], rig.effort)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A result, the rate that was asked for (packets/s, 0 in a closed loop) and the relays' CPU seconds."""
+
+    result: Result
+    wanted: float
+    relay_seconds: float
+
+    @property
+    def microseconds_per_packet(self) -> float:
+        """CPU time of the relays for each delivered packet."""
+        return 1e6 * self.relay_seconds / self.result.delivered_total if self.result.delivered_total else float("nan")
+
+    @property
+    def offered(self) -> bool:
+        """Whether the generator kept its schedule, whatever became of the packets."""
+        return self.result.offered >= LEAST_OFFERED * self.wanted * self.result.seconds
+
+    @property
+    def loss_free(self) -> bool:
+        """Everything that was meant to be offered was, and arrived in time."""
+        return self.offered and self.result.loss <= TOLERATED_LOSS
+
+    @property
+    def limit(self) -> str:
+        """Why this run was no success; nothing to say when it was the relay."""
+        if self.offered or self.result.loss > TOLERATED_LOSS:
+            return ""
+        return "generator-bound" if self.result.busy >= BUSY else "disturbed: others used the generator's core"
