@@ -64,7 +64,7 @@ class Comparison:
 
 
 def compare(rows: Iterable[Row], sides: Sequence[str]) -> list[Comparison]:
-    """One comparison per scenario and figure, in the order of the rows; not of figures that only one relay has."""
+    """One comparison per scenario and figure, in the order of the rows."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.scenario, row.figure), []).append(row)
@@ -72,8 +72,7 @@ def compare(rows: Iterable[Row], sides: Sequence[str]) -> list[Comparison]:
     for (scenario, figure), group in groups.items():
         by_side = {side: [row for row in group if row.side == side] for side in sides}
         known = {side: _side(of_side) for side, of_side in by_side.items() if of_side}
-        if len(known) > 1:
-            found.append(Comparison(scenario, figure, group[0].unit, group[0].better, known))
+        found.append(Comparison(scenario, figure, group[0].unit, group[0].better, known))
     return found
 
 

@@ -88,11 +88,12 @@ ROWS = [
 
 
 def test_ratio_is_that_of_the_medians() -> None:
-    ceiling, lacking = figures.compare(ROWS, SIDES)
+    ceiling, alone, lacking = figures.compare(ROWS, SIDES)
     assert [ceiling.sides[side].median for side in SIDES] == [100, 250, 500]
     assert (ceiling.sides["ours"].low, ceiling.sides["ours"].high) == (200, 260)
     assert (ceiling.ratio("ours", "stock"), ceiling.ratio("ours", "limit")) == (2.5, 0.5)
     assert ceiling.notes == "ours: generator-bound"
+    assert alone.ratio("ours", "stock") is None
     assert (lacking.ratio("ours", "stock"), lacking.ratio("ours", "limit")) == (2, None)
 
 
