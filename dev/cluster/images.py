@@ -20,6 +20,7 @@ TARGETS = ("derper", "derp-operator")
 PACKAGES = {"buildah": "buildah", "debootstrap": "debootstrap"}
 BASE_SUITE = "bookworm"
 BASE_PACKAGES = "python3,python3-venv,ca-certificates"
+COMPILER_PACKAGES = f"{BASE_PACKAGES},gcc,libc6-dev,python3-dev"
 # What a program in a container never reads: a third of the size.
 BASE_NEEDLESS = ("usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "var/lib/apt", "var/cache/apt")
 
@@ -54,41 +55,45 @@ class Images:
         context = self._paths.images / "context"
         relay = wheels.dependencies([], self._repository, self._paths, self._steps)
         both = wheels.dependencies(["operator"], self._repository, self._paths, self._steps)
+        build = wheels.dependencies(["build"], self._repository, self._paths, self._steps)
         project = wheels.project(self._repository, self._paths, self._steps)
         shutil.rmtree(context, ignore_errors=True)
         shutil.copytree(relay, context / "wheels" / "relay")
-        shutil.copytree(project, context / "wheels" / "project")
-        (context / "wheels" / "operator").mkdir()
-        for wheel in both.iterdir():
-            if not (relay / wheel.name).exists():
-                shutil.copy2(wheel, context / "wheels" / "operator")
+        shutil.copytree(project, context / "source")
+        for name, more in (("operator", both), ("build", build)):
+            (context / "wheels" / name).mkdir()
+            for wheel in more.iterdir():
+                if not (relay / wheel.name).exists():
+                    shutil.copy2(wheel, context / "wheels" / name)
         recipe = (self._repository / "Containerfile").read_bytes()
         (context / "Containerfile").write_bytes(recipe)
-        names = " ".join([_base_key(), relay.name, both.name, project.name])
+        bases = [_base_key(BASE_PACKAGES), _base_key(COMPILER_PACKAGES)]
+        names = " ".join([*bases, relay.name, both.name, build.name, project.name])
         return context, hashlib.sha256(recipe + names.encode()).hexdigest()[:12]
 
     def _build(self, target: str, directory: Path, context: Path) -> None:
-        base = self._base()
+        bases = {"BASE": self._base(BASE_PACKAGES), "COMPILER_BASE": self._base(COMPILER_PACKAGES)}
         part = directory.with_name(f".{directory.name}.part")
         directory.parent.mkdir(parents=True, exist_ok=True)
         with self._steps(f"build the image {tag(target)}"):
-            options = ["--layers", "--pull-never", f"--build-arg=BASE={base}", f"--target={target}"]
+            options = ["--layers", "--pull-never", f"--target={target}"]
+            options += [f"--build-arg={name}={base}" for name, base in bases.items()]
             self._buildah(["bud", "--isolation=chroot", *options, f"--tag={tag(target)}", context], target)
             for stale in [part, *directory.parent.glob(f"{target}-{'?' * 12}")]:
                 shutil.rmtree(stale, ignore_errors=True)
             self._buildah(["push", tag(target), f"dir:{part}"], f"{target}-push")
             part.rename(directory)
 
-    def _base(self) -> str:
-        """The base image's name; it is made of Debian packages if it is not there yet."""
-        name = f"localhost/derp-base:{_base_key()}"
+    def _base(self, packages: str) -> str:
+        """The name of a base image with these Debian packages; it is made if it is not there yet."""
+        name = f"localhost/derp-base:{_base_key(packages)}"
         if output([*self._command(), "images", "--quiet", "--filter", f"reference={name}"]).strip():
             return name
         work = self._paths.images / "base"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        with self._steps(f"make the base image of Debian {BASE_SUITE} (once)"):
-            choice = ["--variant=minbase", f"--include={BASE_PACKAGES}", BASE_SUITE]
+        with self._steps(f"make a base image of Debian {BASE_SUITE} with {packages} (once)"):
+            choice = ["--variant=minbase", f"--include={packages}", BASE_SUITE]
             run(["debootstrap", *choice, work / "root"], log=self._paths.build_logs / "debootstrap.log")
             for needless in BASE_NEEDLESS:
                 shutil.rmtree(work / "root" / needless, ignore_errors=True)
@@ -111,6 +116,6 @@ class Images:
         run([*self._command(), *argv], log=self._paths.build_logs / f"buildah-{log}.log")
 
 
-def _base_key() -> str:
-    recipe = f"{BASE_SUITE} {BASE_PACKAGES} {BASE_NEEDLESS}"
+def _base_key(packages: str) -> str:
+    recipe = f"{BASE_SUITE} {packages} {BASE_NEEDLESS}"
     return hashlib.sha256(recipe.encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""The wheels that go into the images: the dependencies that requirements.txt pins, and the project itself."""
+"""What the images are made of: the wheels of the dependencies that requirements.txt pins, and the project's sources."""
 
 from __future__ import annotations
 
@@ -80,12 +80,16 @@ def dependencies(extras: Iterable[str], repository: Path, paths: Paths, steps: S
 def source_files(repository: Path) -> list[Path]:
     """The files that the project's wheel is made of."""
     packages = [repository / "derper", repository / "operator" / "derp_operator"]
-    code = [path for package in packages for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"]
-    return sorted([*code, repository / "pyproject.toml", repository / "README.md"])
+    code = [path for package in packages for path in package.rglob("*") if path.is_file()]
+    built = {".pyc", ".so"}
+    return sorted(
+        [path for path in code if path.suffix not in built]
+        + [repository / name for name in ("pyproject.toml", "hatch_build.py", "README.md")]
+    )
 
 
 def project(repository: Path, paths: Paths, steps: Steps) -> Path:
-    """A directory with the project's own wheel, built once per content of its sources."""
+    """A directory with the project's source distribution, made once per content of its sources."""
     digest = hashlib.sha256()
     for path in source_files(repository):
         digest.update(f"{path.relative_to(repository)}\0{path.stat().st_mode:o}\0".encode() + path.read_bytes())
@@ -96,8 +100,8 @@ def project(repository: Path, paths: Paths, steps: Steps) -> Path:
         shutil.rmtree(stale)
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    with steps("build the project's wheel"):
-        build: list[str | Path] = [sys.executable, "-m", "pip", "wheel", "--no-deps", f"--wheel-dir={part}", repository]
-        run(build, log=paths.build_logs / "wheel.log")
+    with steps("pack the project's sources"):
+        build: list[str | Path] = [sys.executable, "-m", "hatchling", "build", "--target", "sdist", "--directory", part]
+        run(build, log=paths.build_logs / "sdist.log", cwd=repository)
     part.rename(target)
     return target
