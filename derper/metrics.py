@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from . import __version__, procfs
+from . import __version__, extensions, procfs
 from .expvar import Func, LabelMap, MultiLabelMap, Text, Tree, Value, vars_json, varz
 from .relay.counters import DropReason
 
@@ -167,6 +167,7 @@ def _tls_active(hub: Hub | None) -> Mapping[str, float]:
 def _ours(relay: Relay) -> Tree:
     watched = relay.state.watched
     tree: dict[str, Value] = {
+        "gauge_compiled": Func(int(bool(extensions.compiled()))),
         "gauge_ready": Func(int(relay.serving())),
         "counter_reload_failures": LabelMap("what", {item.what: item.failures for item in watched}),
         "gauge_config_problem": LabelMap("what", {item.what: int(item.problem is not None) for item in watched}),

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
-from . import __version__, procfs
+from . import __version__, extensions, procfs
 
 if TYPE_CHECKING:
     from .net.stun import STUNServer
@@ -186,6 +186,7 @@ def process(started_at: datetime, uptime: int) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "pid": os.getpid(),
         "python": platform.python_version(),
+        "compiled": bool(extensions.compiled()),
         "since": timestamp(started_at),
         "uptimeSeconds": uptime,
         "cpuSeconds": round(usage.ru_utime + usage.ru_stime, 2),

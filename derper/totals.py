@@ -36,7 +36,7 @@ _MOST: Final = {  # every worker sees the whole of it
     "multiforwarder_deleted",
     "packet_forwarder_delete_other_value",
 }
-_LEAST: Final = {"gauge_certificate_expiry_seconds", "gauge_mesh_link_up"}
+_LEAST: Final = {"gauge_certificate_expiry_seconds", "gauge_compiled", "gauge_mesh_link_up"}
 _MEAN: Final = {"average_queue_duration_ms"}
 
 

@@ -142,7 +142,10 @@ def _summary(status: Status) -> Iterator[str]:
     rows += [f"problem: {problem}" for problem in status["problems"]]
     yield "\n".join(rows) + "\n"
     facts = [
-        ("version", f"{status['version']}, Python {process['python']}"),
+        (
+            "version",
+            f"{status['version']}, Python {process['python']}, {'compiled' if process['compiled'] else 'pure'}",
+        ),
         ("server key", status["serverKey"] or "none yet"),
         ("up", f"{duration(process['uptimeSeconds'])}, process {process['pid']}, {_resources(process)}"),
         ("listening", _listening(status["listen"])),

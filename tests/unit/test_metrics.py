@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from derper import metrics
+from derper import extensions, metrics
 from derper.config import parse_flags
 from derper.net.roundtrips import RoundTrips
 from derper.net.sockets import TCPInfo
@@ -56,6 +56,7 @@ async def test_what_a_relay_exports(tmp_path: Path) -> None:
         assert re.fullmatch(r'# (TYPE|HELP) .+|[a-z_0-9]+(\{([a-z]+="[^"]*",?)+\})? -?[0-9.e+-]+', line), line
     for expected in (
         "derper_ready 1",
+        f"derper_compiled {int(bool(extensions.compiled()))}",
         "derp_accepts 1",
         "derp_packets_received 2",
         "derp_bytes_received 9",

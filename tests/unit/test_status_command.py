@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from derper import cli, health
+from derper import cli, extensions, health
 from derper.commands import status
 from derper.text import bytes_of, duration
 
@@ -37,6 +37,7 @@ async def test_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         text = capsys.readouterr().out
         assert text.startswith("the relay serves\n\n")
         for fact in (
+            rf"version     .*, Python [0-9.]+, {'compiled' if extensions.compiled() else 'pure'}$",
             r"server key  nodekey:[0-9a-f]{64}",
             r"listening   127\.0\.0\.1 port \d+ with TLS; 2 accepted, 0 rejected, 0 TLS errors",
             r"STUN        port \d+, answering; no requests",
