@@ -7,6 +7,7 @@ program under the same user, and nobody else has the socket.  `Handover` carries
 from __future__ import annotations
 
 import asyncio
+import os
 import pickle
 import socket
 from collections.abc import AsyncGenerator, Callable
@@ -204,4 +205,5 @@ class Handover:
                 self.close()
                 return
             for descriptor in descriptors:
+                os.set_inheritable(descriptor, False)
                 taken(label, socket.socket(fileno=descriptor))

@@ -1,0 +1,167 @@
+"""The sockets between a supervisor and its workers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, suppress
+from typing import Any
+
+import pytest
+
+from derper.workers.channel import Channel, ChannelClosed, Handover
+from derper.workers.messages import Place, sibling_label, sibling_of
+
+from .loopback import PATIENCE, until
+
+pytestmark = pytest.mark.both_loops
+
+
+class End:
+    """One process' side."""
+
+    def __init__(self) -> None:
+        self.notes: list[Any] = []
+        self.made: list[int] = []  # pieces of long answers
+        self.ended: list[str] = []
+        self.is_lost = asyncio.Event()
+        self.channel: Channel
+
+    async def respond(self, question: str) -> AsyncGenerator[Any, None]:
+        try:
+            match question:
+                case "one":
+                    yield {"answer": 1}
+                case "many":
+                    for number in range(1000):
+                        self.made.append(number)
+                        yield number
+                case "none":
+                    return
+                case "never":
+                    await asyncio.Event().wait()
+                case _:
+                    raise ChannelClosed("whom we asked is gone")
+        finally:
+            self.ended.append(question)
+
+
+@pytest.fixture
+async def ends() -> AsyncIterator[tuple[End, End]]:
+    pair = End(), End()
+    for end, sock in zip(pair, socket.socketpair(), strict=True):
+        end.channel = await Channel.open(sock, end.notes.append, end.respond, end.is_lost.set)
+    yield pair
+    for end in pair:
+        end.channel.close()
+        await end.is_lost.wait()
+
+
+async def test_messages_come_in_order(ends: tuple[End, End]) -> None:
+    sent = [{"number": n, "much": bytes(n * 1000)} for n in range(50)]
+    for message in sent:
+        ends[0].channel.tell(message)
+    await until(lambda: len(ends[1].notes) == 50)
+    assert ends[1].notes == sent
+
+
+async def test_questions_both_ways_at_the_same_time(ends: tuple[End, End]) -> None:
+    asked = (end.channel.ask("one", PATIENCE) for end in ends for _ in range(10))
+    assert await asyncio.gather(*asked) == [{"answer": 1}] * 20
+
+
+async def test_a_long_answer_is_made_as_it_is_taken(ends: tuple[End, End]) -> None:
+    asker, answerer = ends
+    async with aclosing(asker.channel.stream("many")) as pieces:
+        async for piece in pieces:
+            assert answerer.made[-1] <= piece + 1
+            if piece == 20:
+                break
+    await until(lambda: answerer.ended == ["many"])
+    assert len(answerer.made) <= 22
+    async with aclosing(asker.channel.stream("many")) as pieces:
+        assert [piece async for piece in pieces] == list(range(1000))
+
+
+async def test_no_answer(ends: tuple[End, End]) -> None:
+    for question, error in (("none", ChannelClosed), ("gone", ChannelClosed)):
+        with pytest.raises(error):
+            await ends[0].channel.ask(question, PATIENCE)
+    with pytest.raises(TimeoutError):
+        await ends[0].channel.ask("never", 0.01)
+    await until(lambda: ends[1].ended == ["none", "gone", "never"])
+
+
+async def test_the_other_process_ends(ends: tuple[End, End]) -> None:
+    asking = asyncio.ensure_future(ends[0].channel.ask("never", PATIENCE))
+    await until(lambda: bool(ends[1].channel._tasks))
+    ends[1].channel.close()
+    with pytest.raises(ChannelClosed):
+        await asking
+    await ends[0].is_lost.wait()
+    assert ends[0].channel.closed
+    ends[0].channel.tell("nobody hears it")
+    with pytest.raises(ChannelClosed):
+        await ends[0].channel.ask("one", PATIENCE)
+    await until(lambda: ends[1].ended == ["never"])
+
+
+# -- sockets that are handed over
+
+
+async def test_sockets_are_handed_over() -> None:
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    giver, taker = Handover(near), Handover(far)
+    got: list[tuple[bytes, socket.socket]] = []
+    taker.receive(lambda label, sock: got.append((label, sock)))
+    ours, theirs = socket.socketpair()
+    assert giver.give(b"label", theirs)
+    theirs.close()
+    await until(lambda: len(got) == 1)
+    label, sock = got[0]
+    assert label == b"label"
+    assert not os.get_inheritable(sock.fileno())
+    with sock, ours:
+        sock.send(b"hello")
+        assert ours.recv(5) == b"hello"
+    giver.close()
+    await until(lambda: far.fileno() < 0)
+    with socket.socket() as late:
+        assert not taker.give(b"x", late)
+
+
+async def test_as_many_as_the_system_holds() -> None:
+    """A process that does not take them is no reason to wait."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    giver, taker = Handover(near), Handover(far)
+    with socket.socket() as sock:
+        given = 0
+        while giver.give(b"p", sock):
+            given += 1
+    assert given > 50
+    got: list[socket.socket] = []
+
+    def take(_label: bytes, sock: socket.socket) -> None:
+        got.append(sock)
+        sock.close()
+
+    taker.receive(take)
+    await until(lambda: len(got) == given)
+    giver.close()
+    taker.close()
+    with suppress(OSError):
+        far.close()
+
+
+def test_labels() -> None:
+    assert [sibling_of(sibling_label(number)) for number in (0, 7, 255)] == [0, 7, 255]
+    assert sibling_of(b"p") is None
+
+
+def test_a_place_is_taken_once() -> None:
+    environ = {"DERPER_WORKER": str(Place(3, 5, 7)), "HOME": "/"}
+    assert Place.taken_from(environ) == Place(3, 5, 7)
+    assert environ == {"HOME": "/"}
+    assert Place.taken_from(environ) is None
