@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
@@ -38,6 +38,10 @@ class Histogram:
     def __post_init__(self) -> None:
         self.counts = [0] * (len(self.bounds) + 1)
 
+    def __reduce__(self) -> tuple[Callable[..., Histogram], tuple[object, ...]]:
+        """Workers send it to each other; compiled, it has no other way."""
+        return _histogram, (self.bounds, self.counts, self.sum)
+
     def observe(self, value: int, times: int = 1) -> None:
         """The value came, so many times."""
         self.counts[bisect_left(self.bounds, value)] += times
@@ -54,6 +58,12 @@ class Histogram:
         for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
             total += count
             yield bound, total
+
+
+def _histogram(bounds: Sequence[int], counts: list[int], total: int) -> Histogram:
+    found = Histogram(bounds, total)
+    found.counts = counts
+    return found
 
 
 def _by_reason() -> dict[tuple[DropReason, bool], int]:

@@ -7,6 +7,7 @@ program under the same user, and nobody else has the socket.  `Handover` carries
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import pickle
 import socket
@@ -19,6 +20,8 @@ from struct import Struct
 from typing import Any, Final, cast
 
 __all__ = ["Channel", "ChannelClosed", "Handover"]
+
+log = logging.getLogger("derper")
 
 _LENGTH: Final = Struct(">I")
 _HANDED_AT_ONCE: Final = 64
@@ -157,6 +160,9 @@ class Channel(asyncio.Protocol):
                     await taken.wait()
         except ChannelClosed as error:  # of the channel through which the answer came
             failure = _Failure(str(error))
+        except Exception as error:
+            log.exception("cannot answer %r", question)
+            failure = _Failure(f"the other process failed: {error}")
         finally:
             del self._taken[number], self._tasks[number]
         self._send(_Kind.END, number, failure)

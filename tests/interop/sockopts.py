@@ -7,6 +7,7 @@ import errno
 import os
 import socket
 from contextlib import suppress
+from pathlib import Path
 
 _PIDFD_GETFD = 438  # the number of the system call on every architecture
 
@@ -21,10 +22,17 @@ OPTIONS = {
 
 
 def options_of(pid: int, peer: tuple[str, int]) -> dict[str, int]:
-    """OPTIONS of the process's TCP socket whose other end is `peer`.
+    """OPTIONS of the TCP socket of the process, or of a child, whose other end is `peer`.
 
     Raises LookupError if it has none, and PermissionError where the system lets nobody look.
     """
+    for found in (pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())):
+        with suppress(LookupError):
+            return _options_of(found, peer)
+    raise LookupError(f"process {pid} has no connection with {peer}")
+
+
+def _options_of(pid: int, peer: tuple[str, int]) -> dict[str, int]:
     pidfd = os.pidfd_open(pid)
     try:
         for name in os.listdir(f"/proc/{pid}/fd"):

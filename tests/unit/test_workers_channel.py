@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from derper.relay.counters import Histogram
 from derper.workers.channel import Channel, ChannelClosed, Handover
 from derper.workers.messages import Place, sibling_label, sibling_of
 
@@ -40,6 +42,8 @@ class End:
                         yield number
                 case "none":
                     return
+                case "wrong":
+                    raise RuntimeError("a fault of ours")
                 case "never":
                     await asyncio.Event().wait()
                 case _:
@@ -92,6 +96,19 @@ async def test_no_answer(ends: tuple[End, End]) -> None:
     with pytest.raises(TimeoutError):
         await ends[0].channel.ask("never", 0.01)
     await until(lambda: ends[1].ended == ["none", "gone", "never"])
+
+
+async def test_an_answer_that_fails(ends: tuple[End, End], caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ChannelClosed, match="a fault of ours"):
+        await ends[0].channel.ask("wrong", PATIENCE)
+    assert "cannot answer 'wrong'" in caplog.text
+
+
+async def test_numbers_cross() -> None:
+    histogram = Histogram((1, 10))
+    histogram.observe(5, times=3)
+    copy = pickle.loads(pickle.dumps(histogram))
+    assert (copy.bounds, copy.counts, copy.sum) == ((1, 10), [0, 3, 0], 15)
 
 
 async def test_the_other_process_ends(ends: tuple[End, End]) -> None:
