@@ -47,6 +47,8 @@ _INHERITED: Final = sys.platform == "linux"  # accepted sockets have the options
 _ARRIVALS_AT_ONCE: Final = 2000
 _ARRIVAL_GRACE: Final = 5.0  # seconds; one that takes longer gives way when there are too many
 _COMPLAINTS_PER_SECOND: Final = 0.1  # about proxies: each of their connections is a reason
+#: bytes that wait in the system for a client that reads slowly; what comes then waits, and is dropped, as packets
+_UNSENT: Final = 128 << 10
 _DEFAULT_KEEP_ALIVE: Final = 15.0  # Go's, also for zero (net.KeepAliveConfig)
 
 
@@ -67,6 +69,8 @@ class SocketOptions:
                 idle = math.ceil(self.keep_alive or _DEFAULT_KEEP_ALIVE)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, math.ceil(self.keep_alive_interval))
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT)
         if self.user_timeout and hasattr(socket, "TCP_USER_TIMEOUT"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self.user_timeout * 1000))
 

@@ -45,8 +45,11 @@ cdef extern from "<unistd.h>" nogil:
 
 cdef extern from "<sys/socket.h>" nogil:
     ssize_t recv(int fd, void *buffer, size_t size, int flags)
+    int setsockopt(int fd, int level, int name, const void *value, unsigned int size)
     int shutdown(int fd, int how)
-    int SHUT_WR
+    int SHUT_WR, SOL_SOCKET, SO_RCVBUF
+    enum:
+        SO_BUF_LOCK
 
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:
@@ -63,6 +66,8 @@ cdef extern from "<sys/epoll.h>" nogil:
 
 cdef enum:
     TURN = 128 << 10  # bytes received at a time; then others have their turn
+    QUEUE = 128 << 10  # bytes that may wait to be received when there is more than can be handled
+    PATIENCE = 4  # turns
     EVENTS = 256  # connections handled in one turn of the loop
     HIGH_WATER = 64 << 10  # bytes
     CLOSE_SECONDS = 30  # for the other side to take what was written to it, and to close
@@ -162,6 +167,8 @@ cdef class Transport:
     cdef bint is_buffered  # the protocol has buffers of its own
     cdef bint is_paused  # the protocol wants no more bytes now
     cdef bint is_waiting  # in the poller's list
+    cdef bint is_bounded  # its receive queue
+    cdef int behind  # turns in a row in which a turn's worth was waiting, or, once it is bounded, was not
     cdef bint is_full  # the protocol was told to write no more
     cdef uint32_t interest
     cdef Inbox inbox
@@ -398,12 +405,31 @@ cdef class Transport:
         if size > 0:
             self.inbox.at = self.poller.received
             self.inbox.size = size
+            if (size < TURN) == self.is_bounded:
+                self._watch_queue()
+            elif self.behind:
+                self.behind = 0
             return True
         if size == 0:
             self._end(_closed_early() if self.state == HANDSHAKE else None)
         elif errno != EAGAIN and errno != EINTR:
             self._end(OSError(errno, os.strerror(errno)))
         return False
+
+    cdef int _watch_queue(self) except -1:
+        """Keep the receive queue short while we cannot keep up: the system would let it grow to megabytes, and each
+        packet would wait behind them.  So the sender notices, and its own queue drops what is old."""
+        cdef int size = QUEUE, locked = 0
+        self.behind += 1
+        if self.behind < PATIENCE:
+            return 0
+        self.behind = 0
+        self.is_bounded = not self.is_bounded
+        if self.is_bounded:
+            setsockopt(self.fd, SOL_SOCKET, SO_RCVBUF, &size, sizeof(size))
+        else:
+            setsockopt(self.fd, SOL_SOCKET, SO_BUF_LOCK, &locked, sizeof(locked))
+        return 0
 
     cdef int _hold(self) except -1:
         """The shared buffer is for the next connection: keep what is left in it."""
