@@ -48,7 +48,7 @@ _ARRIVALS_AT_ONCE: Final = 2000
 _ARRIVAL_GRACE: Final = 5.0  # seconds; one that takes longer gives way when there are too many
 _COMPLAINTS_PER_SECOND: Final = 0.1  # about proxies: each of their connections is a reason
 #: bytes that wait in the system for a client that reads slowly; what comes then waits, and is dropped, as packets
-_UNSENT: Final = 128 << 10
+_UNSENT: Final = 512 << 10
 _DEFAULT_KEEP_ALIVE: Final = 15.0  # Go's, also for zero (net.KeepAliveConfig)
 
 

@@ -121,6 +121,7 @@ async def test_a_silent_client_gives_way(node: LoopbackRelay, monkeypatch: pytes
     monkeypatch.setattr(listener_module, "_ARRIVALS_AT_ONCE", 1)
     monkeypatch.setattr(listener_module, "_ARRIVAL_GRACE", 0.0)
     await node.connect(ssl=trusting())  # from the first one on, TLS has descriptors of its own
+    await until(lambda: not node.listener._arrivals)
     silent = await node.connect()
     await until(lambda: node.listener._arrivals)
     before = len(os.listdir("/proc/self/fd"))
