@@ -19,7 +19,7 @@ from typing import Final
 
 from . import certs
 from .derpmap import DERPNode, DERPRegion
-from .dial import DialError, Endpoint, connect, endpoint_of, reason, start_tls, verify
+from .dial import DialError, Endpoint, Secure, connect, endpoint_of, reason, start_tls, verify
 from .wire import client as wire
 from .wire import frames
 from .wire.client import Event, PeerGone, ReceivedPacket
@@ -49,6 +49,7 @@ class Options:
     fast_start: bool = True
     connected: Callable[[], None] | None = None  #: called when TCP is up
     prepare: Callable[[socket.socket], None] | None = None  #: sets options of the connected socket
+    secure: Secure | None = None  #: starts TLS in another way than the event loop does
     dial_seconds: float = DIAL_SECONDS  #: for DNS and TCP
     connect_seconds: float = CONNECT_SECONDS  #: for TLS, HTTP and DERP
 
@@ -179,7 +180,7 @@ async def dial_endpoint(endpoint: Endpoint, private_key: NodePrivate, options: O
 
 
 async def _upgrade(
-    transport: asyncio.Transport, endpoint: Endpoint, private_key: NodePrivate, options: Options, ideal_node: str
+    sock: socket.socket, endpoint: Endpoint, private_key: NodePrivate, options: Options, ideal_node: str
 ) -> Client:
     protocol = _Protocol(private_key, options)
     stage = "tls"
@@ -187,7 +188,7 @@ async def _upgrade(
         options.connected()
     try:
         async with asyncio.timeout(options.connect_seconds):
-            protocol.transport = await start_tls(transport, endpoint, protocol)
+            protocol.transport = await start_tls(sock, endpoint, protocol, options.secure)
             announced = verify(protocol.transport, endpoint)
             fast = announced if options.fast_start else None
             stage = "http" if fast is None else "derp"
@@ -203,9 +204,9 @@ async def _upgrade(
     except (ProtocolError, OSError, ValueError) as error:  # ValueError: a name or a certificate that is none
         problem = DialError(protocol.stage or stage, f"{endpoint}: {reason(error)}")
     except BaseException:
-        protocol.abort(transport)
+        protocol.abort()
         raise
-    protocol.abort(transport)
+    protocol.abort()
     raise problem
 
 
@@ -240,9 +241,11 @@ class _Protocol(asyncio.Protocol):
         self._closed = asyncio.get_running_loop().create_future()
         self._early = bytearray()
 
-    def abort(self, transport: asyncio.Transport) -> None:
+    def abort(self) -> None:
         """Give the connection up, at whatever stage it is."""
-        getattr(self, "transport", transport).abort()
+        transport: asyncio.Transport | None = getattr(self, "transport", None)
+        if transport is not None:
+            transport.abort()
 
     def begin(self, request: bytes, server_key: NodePublic | None) -> None:
         """Send the request; with a server key go on at once, else wait for the answer."""

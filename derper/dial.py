@@ -9,7 +9,7 @@ import asyncio
 import os
 import socket
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from ipaddress import ip_address
@@ -25,6 +25,7 @@ from .wire.keys import NodePublic
 __all__ = [
     "DialError",
     "Endpoint",
+    "Secure",
     "check_peer",
     "client_context",
     "connect",
@@ -76,13 +77,18 @@ def endpoint_of(node: DERPNode, roots: ssl.SSLContext | None = None) -> Endpoint
     )
 
 
+Secure = Callable[[socket.socket, ssl.SSLContext, str, asyncio.Protocol], Awaitable[asyncio.Transport]]
+"""Starts TLS as a client: on a connected socket, which it closes if it fails, with a context, the server's name or "",
+and the protocol.  Raises OSError, as ssl does."""
+
+
 class _Idle(asyncio.Protocol):
     """Stands in until TLS is up."""
 
 
 async def connect(
     endpoint: Endpoint, seconds: float, prepare: Callable[[socket.socket], None] | None = None
-) -> asyncio.Transport:
+) -> socket.socket:
     """Connect TCP to the first address that answers, IP addresses before names, each kind within so many seconds.
 
     `prepare` sets options of the connected socket.  Raises `DialError`.
@@ -102,9 +108,7 @@ async def connect(
     raise DialError("tcp", f"cannot reach {endpoint}: {reason(problem)}")
 
 
-async def _race(
-    addresses: Sequence[str], port: int, prepare: Callable[[socket.socket], None] | None
-) -> asyncio.Transport:
+async def _race(addresses: Sequence[str], port: int, prepare: Callable[[socket.socket], None] | None) -> socket.socket:
     """Connect to whichever address is faster; families alternate, each a little later (RFC 8305)."""
     loop = asyncio.get_running_loop()
     found: list[AddrInfoType] = []
@@ -122,11 +126,10 @@ async def _race(
     try:
         if prepare is not None:
             prepare(sock)
-        transport, _ = await loop.create_connection(_Idle, sock=sock)
     except BaseException:
         sock.close()
         raise
-    return transport
+    return sock
 
 
 def _is_ip(address: str) -> bool:
@@ -171,13 +174,31 @@ def presented_certificates(connection: Any) -> list[x509.Certificate]:
     return [x509.load_pem_x509_certificate(item.public_bytes().encode()) for item in private]
 
 
-async def start_tls(transport: asyncio.Transport, endpoint: Endpoint, protocol: asyncio.Protocol) -> asyncio.Transport:
-    """The connection with TLS, for `protocol`.  Nobody is trusted yet: `verify` it.  Raises OSError, as ssl does."""
+async def start_tls(
+    sock: socket.socket, endpoint: Endpoint, protocol: asyncio.Protocol, secure: Secure | None = None
+) -> asyncio.Transport:
+    """The connection with TLS, for `protocol`.  Nobody is trusted yet: `verify` it.
+
+    Raises OSError, as ssl does; then the socket is closed.
+    """
     name = endpoint.host_name or endpoint.addresses[0]
+    try:
+        context = client_context(endpoint)
+        server_name = "" if _is_ip(name) else name.encode("idna").decode()
+    except BaseException:
+        sock.close()
+        raise
+    if secure is not None:
+        return await secure(sock, context, server_name, protocol)
     loop = asyncio.get_running_loop()
-    secured = await loop.start_tls(transport, protocol, client_context(endpoint), server_hostname=name)
-    if secured is None:
-        raise ConnectionResetError("the connection closed during the TLS handshake")
+    transport, _ = await loop.create_connection(_Idle, sock=sock)
+    try:
+        secured = await loop.start_tls(transport, protocol, context, server_hostname=name)
+        if secured is None:
+            raise ConnectionResetError("the connection closed during the TLS handshake")
+    except BaseException:
+        transport.abort()
+        raise
     return secured
 
 

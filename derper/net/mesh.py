@@ -18,11 +18,13 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from ..client import Client, DialError, Endpoint, Options, dial_endpoint
+from ..dial import Secure
 from ..relay.follower import Follower
 from ..wire.keys import NodePublic
 from .hub import Hub
 from .listener import SocketOptions
 from .meshlink import MeshLink, PeerConnection
+from .transports import Transports
 
 __all__ = ["Mesh", "Peer", "PeerStatus", "Timings"]
 
@@ -74,6 +76,7 @@ class Mesh:
         self._hub = hub
         self._rng = rng
         self._timings = timings
+        self._transports = Transports(hub.loop)
         self._dialers: dict[str, _Dialer] = {}
 
     def set_peers(self, peers: Mapping[str, Peer]) -> None:
@@ -89,7 +92,7 @@ class Mesh:
                     del self._dialers[name]
         for name, peer in peers.items():
             if name not in self._dialers:
-                self._dialers[name] = _Dialer(self._hub, peer, self._rng, self._timings)
+                self._dialers[name] = _Dialer(self._hub, peer, self._rng, self._timings, self._transports.secure)
 
     def seen(self, key: bytes, host: str) -> None:
         """A mesh peer with this server key connected from this address: if it cannot be reached yet, try there now."""
@@ -113,13 +116,14 @@ class Mesh:
 class _Dialer:
     """The task for one peer."""
 
-    def __init__(self, hub: Hub, peer: Peer, rng: random.Random, timings: Timings) -> None:
+    def __init__(self, hub: Hub, peer: Peer, rng: random.Random, timings: Timings, secure: Secure | None) -> None:
         self.peer = peer
         self.status = PeerStatus()
         self.is_self = False  # -mesh-with may name the relay itself
         self._hub = hub
         self._rng = rng
         self._timings = timings
+        self._secure = secure
         self._wake = asyncio.Event()
         self._hint: str | None = None
         self._last_key: bytes | None = None
@@ -175,6 +179,7 @@ class _Dialer:
             mesh_key=keys.current,
             server_key=self.peer.server_key,
             prepare=self._timings.sockets.apply,
+            secure=self._secure,
             dial_seconds=self._timings.dial,
         )
         return await dial_endpoint(endpoint, self._hub.private_key, options)

@@ -21,17 +21,25 @@ ctypedef int (*meth_set_ctrl_f)(void *, ctrl_f) noexcept nogil
 ctypedef void *(*new_socket_f)(int, int) noexcept nogil
 ctypedef void (*set_data_f)(void *, void *) noexcept nogil
 ctypedef void (*set_flags_f)(void *, int) noexcept nogil
+ctypedef void *(*item_f)(const void *, int) noexcept nogil
+ctypedef int (*encode_f)(const void *, unsigned char **) noexcept nogil
+ctypedef long (*result_f)(const void *) noexcept nogil
+ctypedef const char *(*result_text_f)(long) noexcept nogil
 
 cdef struct OpenSSL:
-    new_f SSL_new, SSL_get_current_cipher, BIO_new, BIO_get_data
-    free_f SSL_free, SSL_set_accept_state
-    state_f SSL_do_handshake, SSL_shutdown, SSL_pending
+    new_f SSL_new, SSL_get_current_cipher, SSL_get_peer_cert_chain, BIO_new, BIO_get_data
+    free_f SSL_free, SSL_set_accept_state, SSL_set_connect_state
+    state_f SSL_do_handshake, SSL_shutdown, SSL_pending, OPENSSL_sk_num
     read_f SSL_read
     write_f SSL_write
     get_error_f SSL_get_error
     text_f SSL_get_version, SSL_CIPHER_get_name
     options_f SSL_CTX_get_options
-    ctrl_f SSL_CTX_ctrl
+    ctrl_f SSL_CTX_ctrl, SSL_ctrl
+    item_f OPENSSL_sk_value
+    encode_f i2d_X509
+    result_f SSL_get_verify_result
+    result_text_f X509_verify_cert_error_string
     set_bio_f SSL_set_bio
     clear_f ERR_clear_error
     code_f ERR_peek_last_error
@@ -50,6 +58,7 @@ cdef enum:
     SSL_ERROR_SYSCALL = 5
     SSL_ERROR_ZERO_RETURN = 6
     SSL_CTRL_MODE = 33
+    SSL_CTRL_SET_TLSEXT_HOSTNAME = 55
     SSL_MODE_ENABLE_PARTIAL_WRITE = 0x01
     SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER = 0x02
     SSL_MODE_RELEASE_BUFFERS = 0x10

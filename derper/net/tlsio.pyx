@@ -24,6 +24,8 @@ from libc.string cimport memcpy
 
 from .openssl cimport (
     BIO_NOCLOSE,
+    SSL_CTRL_SET_TLSEXT_HOSTNAME,
+    SSL_ERROR_SSL,
     SSL_ERROR_SYSCALL,
     SSL_ERROR_WANT_READ,
     SSL_ERROR_WANT_WRITE,
@@ -152,7 +154,8 @@ cdef class Poller:
 
 
 cdef class Transport:
-    """An asyncio transport for an accepted socket, which it owns from `start` on.
+    """An asyncio transport for an accepted socket, or with a `server_name` for a connected one; it owns the socket from
+    `start` on.  An empty name is not sent.
 
     `done` is called once: with None when TLS is up and the protocol that `factory` made has been told so, or with the
     exception that tells why not.  There is no time-out of the handshake: `abort` it.
@@ -164,6 +167,7 @@ cdef class Transport:
     cdef object sock
     cdef int fd
     cdef State state
+    cdef bint is_client
     cdef bint is_buffered  # the protocol has buffers of its own
     cdef bint is_paused  # the protocol wants no more bytes now
     cdef bint is_waiting  # in the poller's list
@@ -183,7 +187,7 @@ cdef class Transport:
     cdef object timer
     cdef object __weakref__
 
-    def __cinit__(self, Poller poller, Context context, sock, factory, done):
+    def __cinit__(self, Poller poller, Context context, sock, factory, done, str server_name=None):
         cdef void *incoming
         cdef void *outgoing
         self.poller = poller
@@ -202,7 +206,17 @@ cdef class Transport:
         openssl.SSL_set_bio(self.ssl, incoming, outgoing)
         if incoming == NULL or outgoing == NULL:
             raise MemoryError
-        openssl.SSL_set_accept_state(self.ssl)
+        self.is_client = server_name is not None
+        if self.is_client:
+            self._set_up_client(server_name.encode())
+        else:
+            openssl.SSL_set_accept_state(self.ssl)
+
+    cdef int _set_up_client(self, bytes server_name) except -1:
+        openssl.SSL_set_connect_state(self.ssl)
+        if server_name:
+            openssl.SSL_ctrl(self.ssl, SSL_CTRL_SET_TLSEXT_HOSTNAME, 0, PyBytes_AS_STRING(server_name))
+        return 0
 
     def __dealloc__(self):
         if self.ssl != NULL:
@@ -210,9 +224,12 @@ cdef class Transport:
         free(self.held)
 
     def start(self):
-        """Begin the handshake, with what the client has sent already."""
+        """Begin the handshake: a server's with what the client has sent already."""
         self.poller._add(self)
-        self._handle(EPOLLIN)
+        if self.is_client:
+            self._handshake()
+        else:
+            self._handle(EPOLLIN)
 
     # -- asyncio.Transport, for the protocol ---------------------------------------------------------------------------
 
@@ -241,6 +258,12 @@ cdef class Transport:
         """As `ssl.SSLObject.cipher`, without the number of bits."""
         cdef void *cipher = openssl.SSL_get_current_cipher(self.ssl)
         return None if cipher == NULL else (openssl.SSL_CIPHER_get_name(cipher).decode(), self.version(), None)
+
+    def get_unverified_chain(self):
+        """As `ssl.SSLObject.get_unverified_chain` of Python 3.13, of a client's connection: the certificates, as DER."""
+        cdef void *chain = openssl.SSL_get_peer_cert_chain(self.ssl)
+        cdef int count = 0 if chain == NULL else openssl.OPENSSL_sk_num(chain)
+        return [_encoded(openssl.OPENSSL_sk_value(chain, index)) for index in range(count)]
 
     def set_protocol(self, protocol):
         self.protocol = protocol
@@ -384,8 +407,19 @@ cdef class Transport:
         elif error == SSL_ERROR_WANT_WRITE:
             self._want(EPOLLOUT)
         else:
-            self._end(_failure(error))
+            self._end(self._distrust() or _failure(error))
         return 0
+
+    cdef object _distrust(self):
+        """The exception for a certificate that is not trusted, as Python's ssl has it; None if that is not why."""
+        cdef long result = openssl.SSL_get_verify_result(self.ssl)
+        if result == 0:
+            return None
+        openssl.ERR_clear_error()
+        error = ssl.SSLCertVerificationError(SSL_ERROR_SSL, "certificate verify failed")
+        error.verify_code = result
+        error.verify_message = openssl.X509_verify_cert_error_string(result).decode()
+        return error
 
     cdef int _open(self) except -1:
         self.state = OPEN
@@ -411,7 +445,7 @@ cdef class Transport:
                 self.behind = 0
             return True
         if size == 0:
-            self._end(_closed_early() if self.state == HANDSHAKE else None)
+            self._end(self._closed_early() if self.state == HANDSHAKE else None)
         elif errno != EAGAIN and errno != EINTR:
             self._end(OSError(errno, os.strerror(errno)))
         return False
@@ -592,15 +626,24 @@ cdef class Transport:
         self.factory = self.backlog = None
         try:
             if done is not None:
-                done(error or _closed_early())
+                done(error or self._closed_early())
             if protocol is not None:
                 protocol.connection_lost(error)
         finally:
             self.sock.close()
 
 
-cdef object _closed_early():
-    return ConnectionResetError("the client closed the connection during the handshake")
+    cdef object _closed_early(self):
+        side = "server" if self.is_client else "client"
+        return ConnectionResetError(f"the {side} closed the connection during the TLS handshake")
+
+
+cdef bytes _encoded(void *certificate):
+    cdef int size = openssl.i2d_X509(certificate, NULL)
+    cdef bytes der = PyBytes_FromStringAndSize(NULL, size)
+    cdef unsigned char *at = <unsigned char *>PyBytes_AS_STRING(der)
+    openssl.i2d_X509(certificate, &at)
+    return der
 
 
 cdef object _failure(int error):

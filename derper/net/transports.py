@@ -1,4 +1,4 @@
-"""Which transports carry accepted connections: for TLS our own where they are built, else the event loop's."""
+"""Which transports carry connections: for TLS our own where they are built, else the event loop's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Callable
+from typing import cast
+
+from ..dial import Secure
 
 try:
     from . import openssl, tlsio
@@ -41,6 +44,29 @@ class Transports:
         transport = tlsio.Transport(self._poller, self._context(context), sock, factory, done)
         transport.start()
         return transport.abort
+
+    @property
+    def secure(self) -> Secure | None:
+        """What makes a connected socket a TLS client's, for `derper.client.Options`; None where the loop must do it."""
+        return None if self._poller is None else self._secure
+
+    async def _secure(
+        self, sock: socket.socket, context: ssl.SSLContext, server_name: str, protocol: asyncio.Protocol
+    ) -> asyncio.Transport:
+        up: asyncio.Future[None] = self._loop.create_future()
+
+        def done(error: Exception | None) -> None:
+            if not up.done():
+                up.set_result(None) if error is None else up.set_exception(error)
+
+        transport = tlsio.Transport(self._poller, openssl.Context(context), sock, lambda: protocol, done, server_name)
+        transport.start()
+        try:
+            await up
+        except BaseException:
+            transport.abort()
+            raise
+        return cast(asyncio.Transport, transport)
 
     def _context(self, context: ssl.SSLContext) -> openssl.Context:
         if self._last is None or self._last[0] is not context:

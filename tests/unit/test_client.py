@@ -20,6 +20,7 @@ from derper import certs, client, dial
 from derper.certs import CertificateError, CertificatePair
 from derper.client import DialError, Endpoint, Options, dial_endpoint, dial_node, dial_region, endpoint_of
 from derper.derpmap import DERPNode, DERPRegion
+from derper.net.transports import Transports
 from derper.wire import frames, handshake
 from derper.wire.client import KeepAlive, PeerGone, PeerPresent, Pong, ReceivedPacket
 from derper.wire.handshake import ServerInfo
@@ -31,6 +32,16 @@ pytestmark = pytest.mark.both_loops
 ALICE, BOB, SERVER = private(1), private(2), private(0xF0)
 NOW = datetime.now(UTC)
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@pytest.fixture(params=["own TLS", "the loop's TLS"], autouse=True)
+async def tls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the mesh dials, and as the others do; both with the loop's where our own is not built."""
+    if request.param == "own TLS":
+        secure = Transports(asyncio.get_running_loop()).secure
+        monkeypatch.setattr(
+            client, "start_tls", lambda sock, endpoint, protocol, _: dial.start_tls(sock, endpoint, protocol, secure)
+        )
 
 
 @pytest.fixture
