@@ -174,6 +174,9 @@ def _ours(relay: Relay) -> Tree:
     }
     if relay.hub is not None:
         tree["protocol_errors"] = relay.hub.counters.protocol_errors
+        if relay.hub.router.node.siblings:
+            tree["worker_crossed_in"] = relay.hub.counters.crossed_in
+            tree["worker_crossed_out"] = relay.hub.counters.crossed_out
     if relay.listener is not None:
         tree["tls_handshake_errors"] = relay.listener.tls_errors
         tree["proxy_errors"] = relay.listener.proxy_errors

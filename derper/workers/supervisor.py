@@ -14,7 +14,7 @@ import random
 import socket
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any, Final
 
@@ -52,6 +52,7 @@ _ANSWER: Final = 2.0  # seconds
 _SLACK: Final = 8  # connections that a worker may be ahead of another, and a sixteenth of them
 _FULL_PAUSE: Final = 0.01  # seconds
 _DIFFER: Final = 10.0  # seconds that workers may take to read the same files
+_OPENING: Final = 1.0  # seconds
 _END: Final = 2.0  # seconds to end in
 
 
@@ -69,6 +70,7 @@ class Supervisor:
         self._restarts = dict.fromkeys(range(count), 0)
         self._draining = False
         self._started = False
+        self._has_pulsed = asyncio.Event()
         self._health: Health | None = None
         self._stun: STUNServer | None = None
         self._acceptors: dict[bytes, Acceptor] = {}
@@ -95,6 +97,7 @@ class Supervisor:
             for number in range(self._count):
                 await self._spawn(number)
             await asyncio.gather(*(worker.started() for worker in self._workers.values()))
+            await self._until_all_are_open()
             self._open_ports()
         except (FileError, CertificateError) as error:
             await self.close()
@@ -106,6 +109,14 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         self._keepers = [loop.create_task(self._keep(number)) for number in range(self._count)]
         self._keepers.append(loop.create_task(self._watch()))
+
+    async def _until_all_are_open(self) -> None:
+        """Let the first clients find all workers, if these have all that they need."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_OPENING):
+                while any(not pulse.is_open and not pulse.reasons for pulse in self._pulses()):
+                    self._has_pulsed.clear()
+                    await self._has_pulsed.wait()
 
     def reload(self) -> None:
         """Let all workers read all files now."""
@@ -196,6 +207,7 @@ class Supervisor:
             self._differ_since = (self._differ_since or clock()) if differ else None
 
     def _pulsed(self, worker: WorkerProcess) -> None:
+        self._has_pulsed.set()
         if self._started:
             self._open_or_close_ports()
         self._set_limit()

@@ -10,7 +10,7 @@ import signal
 import socket
 import ssl
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, Final
 
 from ..answers import answer
@@ -92,6 +92,7 @@ class _Worker:
         self._end = asyncio.Event()
         self._siblings: asyncio.Queue[socket.socket] = asyncio.Queue()
         self._unsynced = 0  # siblings of which we do not know all clients yet; those that come later do not count
+        self._changed = asyncio.Event()
         self._taken = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -145,8 +146,11 @@ class _Worker:
 
     async def _beat(self, relay: WorkerRelay) -> None:
         while True:
+            self._changed.clear()
             self._channel.tell(self._pulse(relay))
-            await asyncio.sleep(_PULSE)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_PULSE):
+                    await self._changed.wait()
 
     def _pulse(self, relay: WorkerRelay) -> Pulse:
         limits = relay.state.limits
@@ -181,6 +185,7 @@ class _Worker:
 
     def _is_synced(self) -> None:
         self._unsynced -= 1
+        self._changed.set()
 
     def _start(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
