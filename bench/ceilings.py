@@ -45,7 +45,8 @@ class Ceiling(Scenario):
             passes=lambda tried: tried.loss_free,
             hopeless=lambda tried: tried.result.loss > HOPELESS_LOSS or not tried.offered,
         )
-        found = search.highest(lattice.top, rig.known.hints.get(here, lattice.top // 2))
+        hint = rig.known.hint(*here)
+        found = search.highest(lattice.top, lattice.top // 2 if hint is None else hint)
         if found.best is None or found.passed is None:
             yield Figure("loss-free ceiling", 0, "kpps", "more", f"loses packets at {lattice.base:.0f}/s")
             return

@@ -102,6 +102,7 @@ class Workers(Scenario):
     def _with(self, rig: Rig, workers: int) -> tuple[float, list[int]]:
         clients = self.flows.senders + self.flows.receivers
         with rig.relays.fresh(workers=workers, cores=rig.cores) as relay:
+            time.sleep(rig.effort.settle)  # the port may accept before all workers do
             before = machine.connections(relay.pid)
             with on_one_relay(rig, clients, relay=relay) as field:
                 run = field.run(Paced(self.flows.flows, self.shape, self.size, self.rate))

@@ -50,6 +50,11 @@ class Known:
     hints: dict[tuple[str, str], int] = field(default_factory=dict)
     ceilings: dict[tuple[str, str], float] = field(default_factory=dict)
 
+    def hint(self, side: str, scenario: str) -> int | None:
+        """Where to begin a search: where it ended before, or where that relay's last search of all did."""
+        ended = [index for (of, _), index in self.hints.items() if of == side]
+        return self.hints.get((side, scenario), ended[-1] if ended else None)
+
 
 class Relays(Protocol):
     """Starts relays for one scenario."""
