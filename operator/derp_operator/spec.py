@@ -104,6 +104,7 @@ class PodOptions:
     node_selector: Mapping[str, str] = field(default_factory=dict)
     tolerations: tuple[Mapping[str, Any], ...] = ()
     affinity: Mapping[str, Any] = field(default_factory=dict)
+    workers: int | None = None  #: processes of each relay; None: as the relay does without a word
     priority_class: str | None = None
     annotations: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -247,6 +248,7 @@ def _pod(spec: Mapping[str, Any]) -> PodOptions:
         node_selector=dict(spec.get("nodeSelector") or {}),
         tolerations=tuple(spec.get("tolerations") or ()),
         affinity=spec.get("affinity") or {},
+        workers=spec.get("workers"),
         priority_class=spec.get("priorityClassName"),
         annotations=dict(spec.get("annotations") or {}),
         labels=dict(spec.get("labels") or {}),

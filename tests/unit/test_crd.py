@@ -71,6 +71,7 @@ def test_the_demo_is_what_others_rely_on() -> None:
         ({"imagePullPolicy": "Sometimes"}, ".spec.imagePullPolicy: 'Sometimes' is not one of"),
         ({"imagePullSecrets": [{}]}, ".spec.imagePullSecrets[0].name is missing"),
         ({"pod": {"labels": {"a": 1}}}, ".spec.pod.labels.a is not of type string"),
+        ({"pod": {"workers": -1}}, ".spec.pod.workers: -1 is out of bounds"),
         ({"pod": {"resources": {"limits": {"cpu": "5x"}}}}, ".spec.pod.resources.limits.cpu: '5x' does not match"),
     ],
 )

@@ -136,6 +136,11 @@ def test_the_relay_starts_with_constant_arguments() -> None:
     assert not any("berlin" in argument for argument in ARGS)
 
 
+@pytest.mark.parametrize("count", [0, 2])
+def test_workers_are_asked_for(count: int) -> None:
+    assert container(pod={"workers": count})["args"] == [*ARGS, "-workers", str(count)]
+
+
 @pytest.mark.parametrize("exposure", ["LoadBalancer", "NodePort", "HostPort", "ClusterIP"])
 def test_pods_keep_to_the_restricted_profile(exposure: str) -> None:
     pod = template(exposure={"type": exposure})["spec"]

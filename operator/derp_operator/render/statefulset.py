@@ -87,13 +87,18 @@ def _template(region: Region, image: str) -> dict[str, Any]:
     }
 
 
+def _arguments(region: Region) -> list[str]:
+    workers = region.pod.workers
+    return [*ARGS] if workers is None else [*ARGS, "-workers", str(workers)]
+
+
 def _container(region: Region, image: str) -> dict[str, Any]:
     return without_empty(
         {
             "name": "derper",
             "image": image,
             "imagePullPolicy": region.image_pull_policy or "IfNotPresent",
-            "args": list(ARGS),  # of the image's own entry point
+            "args": _arguments(region),  # of the image's own entry point
             "terminationMessagePolicy": "FallbackToLogsOnError",  # the status of the region quotes it
             "env": [{"name": "POD_NAME", "valueFrom": {"fieldRef": _POD_NAME}}],
             "ports": _ports(region),
