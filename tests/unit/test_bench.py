@@ -143,9 +143,29 @@ def test_a_target_may_be_a_figure_of_ours() -> None:
     assert met.target.bound == "at most 25000"
 
 
-def test_what_the_generator_limits_is_not_missed() -> None:
-    (verdict, _) = _judged("loss-free ceiling", note="generator-bound", stock=100, ours=150).values()
-    assert verdict.word == "generator-bound"
+def _bound(figure: str, bound: str, **medians: float) -> dict[str, str]:
+    """Verdicts in words, by their bounds, where the generator limits one of the relays."""
+    scenario = targets.TARGETS[0].scenario
+    rows = [
+        figures.Row(0, side, scenario, figure, value, "", "", "generator-bound" * (side == bound), 0)
+        for side, value in medians.items()
+    ]
+    verdicts = targets.judge(figures.compare(rows, SIDES))
+    return {v.target.bound: v.word for v in verdicts if v.target.scenario == scenario and v.target.figure == figure}
+
+
+def test_a_ceiling_that_the_generator_limits_is_met_or_unknown() -> None:
+    assert _bound("loss-free ceiling", "ours", stock=100, ours=150)["at least 2.00 x stock"] == "generator-bound"
+    assert _bound("loss-free ceiling", "ours", stock=100, ours=250)["at least 2.00 x stock"] == "met"
+
+
+def test_a_ratio_to_a_relay_that_the_generator_limits_says_nothing() -> None:
+    words = _bound("loss-free ceiling", "limit", stock=100, ours=250, limit=260)
+    assert words == {"at least 2.00 x stock": "met", "at least 0.60 x limit": "generator-bound"}
+
+
+def test_an_overload_that_was_not_offered_proves_nothing() -> None:
+    assert _bound("p99 latency at 3x", "ours", stock=70e3, ours=1e3) == {"at most 25000": "generator-bound"}
 
 
 def test_what_was_not_measured_is_counted_and_not_shown() -> None:
