@@ -127,6 +127,8 @@ def _parts(status: Status) -> Iterator[str]:
     yield "\n".join(_summary(status))
     if status["certificates"]:
         yield _certificates(status["certificates"])
+    if status.get("workers"):
+        yield _workers(status["workers"])
     if status["mesh"]:
         yield _mesh(status["mesh"])
     if status["queues"].get("slowest"):
@@ -222,6 +224,14 @@ def _certificates(certificates: Sequence[Status]) -> str:
     for entry in certificates:
         names = ", ".join(entry["names"]) + (" (default)" if entry["default"] else "")
         rows.append([names, str(entry["daysLeft"]), entry["notAfter"], entry["certName"]])
+    return table(rows)
+
+
+def _workers(workers: Sequence[Status]) -> str:
+    rows = [["WORKER", "PID", "READY", "CLIENTS", "CONNECTIONS", "CPU SECONDS", "RESTARTS"]]
+    for row in workers:
+        counts = [str(row.get(name, "-")) for name in ("clients", "connections", "cpuSeconds", "restarts")]
+        rows.append([str(row["number"]), str(row["pid"]), "yes" if row["ready"] else "no", *counts])
     return table(rows)
 
 

@@ -224,3 +224,12 @@ def test_durations(seconds: float, text: str) -> None:
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1536, "1.5 KiB"), (5 << 20, "5.0 MiB"), (3 << 30, "3.0 GiB")])
 def test_sizes(count: int, text: str) -> None:
     assert bytes_of(count) == text
+
+
+def test_workers_have_a_row_each() -> None:
+    rows: list[dict[str, object]] = [
+        {"number": 0, "pid": 70, "ready": True, "restarts": 0, "clients": 3, "connections": 4, "cpuSeconds": 1.5},
+        {"number": 1, "pid": 71, "ready": False, "restarts": 2},  # it does not answer
+    ]
+    found = [line.split() for line in status._workers(rows).splitlines()[1:]]
+    assert found == [["0", "70", "yes", "3", "4", "1.5", "0"], ["1", "71", "no", "-", "-", "-", "2"]]
