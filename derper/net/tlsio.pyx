@@ -15,10 +15,11 @@
 For CPython with OpenSSL 3 on Linux.
 """
 
+cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.errno cimport EAGAIN, EINTR, errno
-from libc.stdint cimport uint32_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
@@ -55,7 +56,7 @@ cdef extern from "<sys/socket.h>" nogil:
 
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:
-        int fd
+        uint64_t u64
     struct epoll_event:
         uint32_t events
         epoll_data_t data
@@ -78,21 +79,21 @@ cdef enum State:
     HANDSHAKE, OPEN, FLUSHING, LINGERING, CLOSED
 
 
+@cython.no_gc_clear  # or what ends late, in a dying loop, would find None instead of a Poller
 cdef class Poller:
     """Tells connections what their sockets are ready for."""
 
     cdef int epoll
     cdef object loop
     cdef dict transports  # descriptor -> Transport
-    cdef list again  # those that have more to read than one turn allows
     cdef char *received
+    cdef Transport receiver  # whose bytes are in `received` now
     cdef char *clear
 
     def __cinit__(self, loop):
         self.epoll = -1
         self.loop = loop
         self.transports = {}
-        self.again = []
         self.received = <char *>malloc(2 * TURN)
         if self.received == NULL:
             raise MemoryError
@@ -100,6 +101,8 @@ cdef class Poller:
 
     def __dealloc__(self):
         free(self.received)
+        if self.epoll >= 0:
+            close(self.epoll)
 
     cdef int _add(self, Transport transport) except -1:
         if self.epoll < 0:
@@ -107,13 +110,13 @@ cdef class Poller:
             if self.epoll < 0:
                 raise OSError(errno, os.strerror(errno))
             self.loop.add_reader(self.epoll, self._ready)
-        self._watch(EPOLL_CTL_ADD, transport.fd, EPOLLIN)
         self.transports[transport.fd] = transport
+        self._watch(EPOLL_CTL_ADD, transport.fd, EPOLLIN)
         return 0
 
     cdef int _remove(self, Transport transport) except -1:
         if self.transports.pop(transport.fd, None) is not None:
-            self._watch(EPOLL_CTL_DEL, transport.fd, 0)
+            epoll_ctl(self.epoll, EPOLL_CTL_DEL, transport.fd, NULL)
             if not self.transports:  # so nobody need close us
                 self.loop.remove_reader(self.epoll)
                 close(self.epoll)
@@ -123,7 +126,7 @@ cdef class Poller:
     cdef int _watch(self, int operation, int fd, uint32_t interest) except -1:
         cdef epoll_event event
         event.events = interest
-        event.data.fd = fd
+        event.data.u64 = fd
         if epoll_ctl(self.epoll, operation, fd, &event) < 0:
             raise OSError(errno, os.strerror(errno))
         return 0
@@ -134,25 +137,12 @@ cdef class Poller:
         cdef int index
         cdef Transport transport
         for index in range(count):
-            transport = <Transport>self.transports.get(events[index].data.fd)
+            transport = <Transport>self.transports.get(events[index].data.u64)
             if transport is not None:
                 transport._handle(events[index].events)
 
-    cdef int _later(self, Transport transport) except -1:
-        if not self.again:
-            self.loop.call_soon(self._go_on)
-        self.again.append(transport)
-        return 0
 
-    def _go_on(self):
-        cdef Transport transport
-        waiting, self.again = self.again, []
-        for transport in waiting:
-            transport.is_waiting = False
-            if transport.state == OPEN and not transport.is_paused:
-                transport._handle(EPOLLIN)
-
-
+@cython.no_gc_clear
 cdef class Transport:
     """An asyncio transport for an accepted socket, or with a `server_name` for a connected one; it owns the socket from
     `start` on.  An empty name is not sent.
@@ -170,7 +160,8 @@ cdef class Transport:
     cdef bint is_client
     cdef bint is_buffered  # the protocol has buffers of its own
     cdef bint is_paused  # the protocol wants no more bytes now
-    cdef bint is_waiting  # in the poller's list
+    cdef bint is_waiting  # the loop will call `_go_on`
+    cdef bint needs_room  # OpenSSL cannot go on before the socket takes more
     cdef bint is_bounded  # its receive queue
     cdef int behind  # turns in a row in which a turn's worth was waiting, or, once it is bounded, was not
     cdef bint is_full  # the protocol was told to write no more
@@ -225,9 +216,11 @@ cdef class Transport:
 
     def start(self):
         """Begin the handshake: a server's with what the client has sent already."""
-        self.poller._add(self)
-        if self.is_client:
-            self._handshake()
+        self.needs_room = self.is_client  # nothing has to come first
+        try:
+            self.poller._add(self)
+        except OSError as error:
+            self._end(error)
         else:
             self._handle(EPOLLIN)
 
@@ -281,19 +274,23 @@ cdef class Transport:
     def pause_reading(self):
         if self.state == OPEN and not self.is_paused:
             self.is_paused = True
-            self._want(self.interest & ~EPOLLIN)
+            self._watch()
 
     def resume_reading(self):
         if self.state == OPEN and self.is_paused:
             self.is_paused = False
-            self._want(self.interest | EPOLLIN)
-            self._come_back()  # for what was received already
+            self._watch()
+            self._come_back()
 
     def set_write_buffer_limits(self, high=None, low=None):
         if high is None:
             high = HIGH_WATER if low is None else 4 * low
+        if low is None:
+            low = high // 4
+        if not high >= low >= 0:
+            raise ValueError(f"the limits of a write buffer must be high >= low >= 0, not {high} and {low}")
         self.high = high
-        self.low = high // 4 if low is None else low
+        self.low = low
         self._tell_protocol()
 
     def get_write_buffer_limits(self):
@@ -329,6 +326,7 @@ cdef class Transport:
             self.abort()
         elif self.state == OPEN:
             self.state = FLUSHING
+            self._drop_inbox()
             self.timer = self.poller.loop.call_later(CLOSE_SECONDS, self.abort)
             self._flush()
 
@@ -343,22 +341,21 @@ cdef class Transport:
         try:
             if events & EPOLLOUT:
                 self._writable()
-            if self.is_paused:
-                if events & (EPOLLERR | EPOLLHUP):
-                    self._end(ConnectionResetError("the connection was reset"))
-            elif events & (EPOLLIN | EPOLLERR | EPOLLHUP):
-                self._readable()
-        except Exception as error:  # of the protocol
-            self.poller.loop.call_exception_handler(
-                {"message": "Fatal error on a TLS connection", "exception": error, "transport": self}
-            )
+            if not self.is_paused:
+                if events & (EPOLLIN | EPOLLERR | EPOLLHUP):
+                    self._readable()
+            elif events & (EPOLLERR | EPOLLHUP):
+                self._end(ConnectionResetError("the connection was reset"))
+        except Exception as error:
+            self._blame(error)
             self._end(error)
         return 0
 
     cdef int _readable(self) except -1:
         if self.state > OPEN:
             self._discard()
-        elif self.inbox.size or openssl.SSL_pending(self.ssl) or self._receive():
+        elif self.needs_room or self._has_bytes() or self._receive():
+            self.needs_room = False
             try:
                 if self.state == HANDSHAKE:
                     self._handshake()
@@ -366,31 +363,55 @@ cdef class Transport:
                     self._read()
             finally:
                 self._hold()
+            self._watch()
         return 0
 
     cdef int _writable(self) except -1:
-        if self.state == HANDSHAKE:
-            self._handshake()
-        elif self.state == FLUSHING:
+        if self.state == FLUSHING:
             self._flush()
-        elif self.state == OPEN:
-            self._send_backlog()
-            if not self.backlog_size:
-                self._want(self.interest & ~EPOLLOUT)
-                self._come_back()  # it may have been for OpenSSL to read that there had to be room
             self._tell_protocol()
+        elif self.state <= OPEN:
+            if self.needs_room:
+                self._readable()
+            if self.state == OPEN and self.backlog_size:
+                self._send_backlog()
+                self._tell_protocol()
+            self._watch()
         return 0
 
-    cdef int _want(self, uint32_t interest) except -1:
+    cdef int _watch(self) except -1:
+        """Have epoll tell what can be used now, and nothing else: it tells again and again."""
+        cdef uint32_t interest = 0
+        if self.needs_room or self.backlog_size or self.state == FLUSHING:
+            interest |= EPOLLOUT
+        if not (self.needs_room or self.is_paused or self.state == FLUSHING):
+            interest |= EPOLLIN
         if interest != self.interest and self.state != CLOSED:
-            self.interest = interest
             self.poller._watch(EPOLL_CTL_MOD, self.fd, interest)
+            self.interest = interest
         return 0
+
+    cdef bint _has_bytes(self) noexcept:
+        """Whether something was received that the protocol has not got."""
+        return self.inbox.size > 0 or openssl.SSL_pending(self.ssl) > 0
 
     cdef int _come_back(self) except -1:
-        if not self.is_waiting:
+        """Read on in the loop's next turn, if there is something of which epoll does not know."""
+        if not self.is_waiting and self._has_bytes():
             self.is_waiting = True
-            self.poller._later(self)
+            self.poller.loop.call_soon(self._go_on)
+        return 0
+
+    def _go_on(self):
+        self.is_waiting = False
+        if self.state == OPEN and not self.is_paused:
+            self._handle(EPOLLIN)
+
+    cdef int _blame(self, error) except -1:
+        """A callback of the protocol raised it."""
+        self.poller.loop.call_exception_handler(
+            {"message": "Fatal error on a TLS connection", "exception": error, "transport": self}
+        )
         return 0
 
     # -- the handshake ----------------------------------------------------------------------------------------------
@@ -398,15 +419,12 @@ cdef class Transport:
     cdef int _handshake(self) except -1:
         openssl.ERR_clear_error()
         cdef int result = openssl.SSL_do_handshake(self.ssl)
+        cdef int error = openssl.SSL_get_error(self.ssl, result)
         if result == 1:
             self._open()
-            return 0
-        cdef int error = openssl.SSL_get_error(self.ssl, result)
-        if error == SSL_ERROR_WANT_READ:
-            self._want(EPOLLIN)
         elif error == SSL_ERROR_WANT_WRITE:
-            self._want(EPOLLOUT)
-        else:
+            self.needs_room = True
+        elif error != SSL_ERROR_WANT_READ:
             self._end(self._distrust() or _failure(error))
         return 0
 
@@ -423,11 +441,14 @@ cdef class Transport:
 
     cdef int _open(self) except -1:
         self.state = OPEN
-        self._want(EPOLLIN)
         factory, self.factory = self.factory, None
-        done, self.done = self.done, None
-        self.set_protocol(factory())
-        self.protocol.connection_made(self)
+        done, self.done = self.done, None  # if the protocol aborts, that is no failure of the handshake
+        try:
+            self.set_protocol(factory())
+            self.protocol.connection_made(self)
+        except BaseException:
+            self.done = done
+            raise
         done(None)
         return 0
 
@@ -435,19 +456,28 @@ cdef class Transport:
 
     cdef bint _receive(self) except -1:
         """Whether something came into the shared buffer."""
-        cdef ssize_t size = recv(self.fd, self.poller.received, TURN, 0)
+        cdef Poller poller = self.poller
+        if poller.receiver is not None:  # we are called from within a callback of its
+            poller.receiver._hold()
+        self._drop_inbox()
+        cdef ssize_t size = recv(self.fd, poller.received, TURN, 0)
+        cdef int code = errno
         if size > 0:
-            self.inbox.at = self.poller.received
+            self.inbox.at = poller.received
             self.inbox.size = size
+            poller.receiver = self
             if (size < TURN) == self.is_bounded:
                 self._watch_queue()
             elif self.behind:
                 self.behind = 0
             return True
-        if size == 0:
-            self._end(self._closed_early() if self.state == HANDSHAKE else None)
-        elif errno != EAGAIN and errno != EINTR:
-            self._end(OSError(errno, os.strerror(errno)))
+        if size < 0:
+            if code != EAGAIN and code != EINTR:
+                self._end(OSError(code, os.strerror(code)))
+        elif self.state == HANDSHAKE:
+            self._end(self._closed_early())
+        else:
+            self.close()  # without a goodbye, but who says no more may still listen
         return False
 
     cdef int _watch_queue(self) except -1:
@@ -467,9 +497,10 @@ cdef class Transport:
 
     cdef int _hold(self) except -1:
         """The shared buffer is for the next connection: keep what is left in it."""
+        if self.poller.receiver is self:
+            self.poller.receiver = None
         if self.inbox.size == 0:
-            free(self.held)
-            self.held = NULL
+            self._drop_inbox()
         elif self.held == NULL:
             self.held = <char *>malloc(self.inbox.size)
             if self.held == NULL:
@@ -478,42 +509,48 @@ cdef class Transport:
             self.inbox.at = self.held
         return 0
 
+    cdef int _drop_inbox(self) noexcept:
+        self.inbox.size = 0
+        free(self.held)
+        self.held = NULL
+        return 0
+
     cdef int _read(self) except -1:
+        cdef Py_buffer view
+        cdef Py_ssize_t size
         cdef int end = 0
+        cdef bytes data = None
+        protocol, error = self.protocol, None
         if self.is_buffered:
-            self._read_into_protocol(&end)
+            PyObject_GetBuffer(protocol.get_buffer(-1), &view, PyBUF_WRITABLE)
+            size = self._fill(<char *>view.buf, view.len, &end) if view.len else -1
+            PyBuffer_Release(&view)
+            if size < 0:
+                raise RuntimeError("get_buffer() returned an empty buffer")
         else:
-            self._read_copied(&end)
+            size = self._fill(self.poller.clear, TURN, &end)
+            data = PyBytes_FromStringAndSize(self.poller.clear, size)
+        if end != 0 and end != SSL_ERROR_WANT_READ:
+            error = _failure(end)  # before a callback uses OpenSSL
+        if size and data is not None:
+            protocol.data_received(data)
+        elif size:
+            protocol.buffer_updated(size)
         if self.state != OPEN or end == SSL_ERROR_WANT_READ:
             return 0
         if end == 0:
             if not self.is_paused:
                 self._come_back()
         elif end == SSL_ERROR_WANT_WRITE:
-            self._want(self.interest | EPOLLOUT)
+            self.needs_room = True
         elif end == SSL_ERROR_ZERO_RETURN:
             self.protocol.eof_received()
             self.close()
         else:
-            self._end(_failure(end))
+            self._end(error)
         return 0
 
-    cdef int _read_into_protocol(self, int *end) except -1:
-        cdef Py_buffer view
-        PyObject_GetBuffer(self.protocol.get_buffer(-1), &view, PyBUF_WRITABLE)
-        cdef Py_ssize_t size = self._fill(<char *>view.buf, view.len, end)
-        PyBuffer_Release(&view)
-        if size:
-            self.protocol.buffer_updated(size)
-        return 0
-
-    cdef int _read_copied(self, int *end) except -1:
-        cdef Py_ssize_t size = self._fill(self.poller.clear, TURN, end)
-        if size:
-            self.protocol.data_received(PyBytes_FromStringAndSize(self.poller.clear, size))
-        return 0
-
-    cdef Py_ssize_t _fill(self, char *into, Py_ssize_t space, int *end) except -1:
+    cdef Py_ssize_t _fill(self, char *into, Py_ssize_t space, int *end) noexcept:
         """Decrypt what has come.  `end` is OpenSSL's reason to stop, 0 if only the space was too small."""
         cdef Py_ssize_t total = 0
         cdef int size
@@ -537,10 +574,12 @@ cdef class Transport:
             sent = openssl.SSL_write(self.ssl, data + total, <int>min(size - total, 1 << 30))
             if sent <= 0:
                 error = openssl.SSL_get_error(self.ssl, sent)
-                if error != SSL_ERROR_WANT_WRITE and error != SSL_ERROR_WANT_READ:
-                    self._end(_failure(error))
-                    return -1
-                break
+                if error == SSL_ERROR_WANT_WRITE:
+                    break
+                # SSL_ERROR_WANT_READ: the client has sent half of a message of TLS, as no client does, and now nothing
+                # can be sent before the rest is there.
+                self._end(_failure(error))
+                return -1
             total += sent
         return total
 
@@ -549,7 +588,7 @@ cdef class Transport:
             self.backlog = []
         self.backlog.append(rest)
         self.backlog_size += PyBytes_GET_SIZE(rest)
-        self._want(self.interest | EPOLLOUT)
+        self._watch()
         self._tell_protocol()
         return 0
 
@@ -573,35 +612,38 @@ cdef class Transport:
         return 0
 
     cdef int _tell_protocol(self) except -1:
-        if self.state == OPEN:
-            if self.backlog_size > self.high and not self.is_full:
+        try:
+            if self.backlog_size > self.high and not self.is_full and self.state == OPEN:
                 self.is_full = True
                 self.protocol.pause_writing()
-            elif self.backlog_size <= self.low and self.is_full:
+            elif self.backlog_size <= self.low and self.is_full and self.state <= FLUSHING:
                 self.is_full = False
                 self.protocol.resume_writing()
+        except Exception as error:  # it is no failure of whoever writes
+            self._blame(error)
         return 0
 
     # -- the end --------------------------------------------------------------------------------------------------------
 
     cdef int _flush(self) except -1:
-        """Send what waits, then the goodbye.  Then wait for the other side: to close on unread bytes would be a reset,
-        which destroys what is on its way."""
+        """Send what waits, then the goodbye.  Unless the other side has said it too, wait until that closes: to close on
+        unread bytes would be a reset, which destroys what is on its way."""
+        cdef int result
+        cdef int error = SSL_ERROR_WANT_WRITE
         self._send_backlog()
-        if self.state != FLUSHING:
-            return 0
-        openssl.ERR_clear_error()
-        cdef int result = 0 if self.backlog_size else openssl.SSL_shutdown(self.ssl)
-        if self.backlog_size or (
-            result < 0 and openssl.SSL_get_error(self.ssl, result) == SSL_ERROR_WANT_WRITE
-        ):
-            self._want(EPOLLOUT)
-            return 0
-        self.state = LINGERING
-        self.is_paused = False
-        shutdown(self.fd, SHUT_WR)
-        self._want(EPOLLIN)
-        self._discard()
+        if not self.backlog_size and self.state == FLUSHING:
+            openssl.ERR_clear_error()
+            result = openssl.SSL_shutdown(self.ssl)
+            error = openssl.SSL_get_error(self.ssl, result)
+            openssl.ERR_clear_error()  # Python's ssl would take it for its own
+            if result == 1:
+                self._end(None)
+            elif error != SSL_ERROR_WANT_WRITE:
+                self.state = LINGERING
+                self.is_paused = self.needs_room = False
+                shutdown(self.fd, SHUT_WR)
+                self._discard()
+        self._watch()
         return 0
 
     cdef int _discard(self) except -1:
@@ -613,6 +655,7 @@ cdef class Transport:
     cdef int _end(self, error) except -1:
         if self.state != CLOSED:
             self.state = CLOSED
+            self._drop_inbox()
             self.poller._remove(self)
             if self.timer is not None:
                 self.timer.cancel()
@@ -625,13 +668,12 @@ cdef class Transport:
         done, self.done = self.done, None
         self.factory = self.backlog = None
         try:
-            if done is not None:
-                done(error or self._closed_early())
             if protocol is not None:
                 protocol.connection_lost(error)
         finally:
             self.sock.close()
-
+            if done is not None:
+                done(error or self._closed_early())
 
     cdef object _closed_early(self):
         side = "server" if self.is_client else "client"
@@ -648,9 +690,10 @@ cdef bytes _encoded(void *certificate):
 
 cdef object _failure(int error):
     """The exception for what OpenSSL says of the connection; None if it ended without a goodbye."""
+    cdef int system = errno
     cdef unsigned long code = openssl.ERR_peek_last_error()
     cdef const char *reason = openssl.ERR_reason_error_string(code) if code else NULL
     openssl.ERR_clear_error()
     if error == SSL_ERROR_SYSCALL:
-        return OSError(errno, os.strerror(errno)) if errno else None
+        return OSError(system, os.strerror(system)) if system else None
     return ssl.SSLError(error, "TLS failed" if reason == NULL else reason.decode())

@@ -40,7 +40,9 @@ class Transports:
         why not.  Returns what gives up the handshake, of which there is no time-out; then nothing is called.
         """
         if context is None or self._poller is None:
-            return self._loop.create_task(self._on_loop(sock, context, factory, done)).cancel
+            task = self._loop.create_task(self._on_loop(sock, context, factory, done))
+            task.add_done_callback(lambda task: sock.close() if task.cancelled() else None)
+            return task.cancel
         transport = tlsio.Transport(self._poller, self._context(context), sock, factory, done)
         transport.start()
         return transport.abort
@@ -82,7 +84,9 @@ class Transports:
     ) -> None:
         try:
             await self._loop.connect_accepted_socket(factory, sock, ssl=context)
-        except (OSError, ssl.SSLError) as error:
+        except Exception as error:
+            if not isinstance(error, OSError):  # but the protocol's
+                self._loop.call_exception_handler({"message": "A connection could not begin", "exception": error})
             sock.close()
             done(error)
         else:
