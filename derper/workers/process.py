@@ -9,13 +9,16 @@ import sys
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from ..ports import StartError
 from .channel import Channel, Handover, Respond
 from .messages import VARIABLE, Failed, Order, Place, Pulse
 
 __all__ = ["WorkerProcess"]
+
+_LINK_SECONDS: Final = 5.0  # for a worker to take what leads to another one
+_NEXT_TRY: Final = 0.01  # seconds
 
 
 class WorkerProcess:
@@ -30,6 +33,7 @@ class WorkerProcess:
         self.since = loop.time()
         self._process = process
         self._given = 0
+        self._links = 0  # sockets to others that wait for room
         self._beaten = False
         self._first: asyncio.Future[None] = loop.create_future()
         self._drained = asyncio.Event()
@@ -82,12 +86,28 @@ class WorkerProcess:
 
     def give(self, label: bytes, sock: socket.socket) -> bool:
         """Hand over a connection, which the caller then closes; false if there is no room for more."""
-        given = self.handover.give(label, sock)
+        given = not self._links and self.handover.give(label, sock)
         self._given += given
         return given
 
+    async def link(self, label: bytes, sock: socket.socket) -> None:
+        """Hand over a socket to another worker, and close it here.
+
+        A rush of connections may fill the way to this one: then they wait.  If it takes nothing for long, it is ended.
+        """
+        self._links += 1
+        try:
+            async with asyncio.timeout(_LINK_SECONDS):
+                while not self.channel.closed and not self.handover.give(label, sock):  # noqa: ASYNC110 - of the system
+                    await asyncio.sleep(_NEXT_TRY)
+        except TimeoutError:
+            self.kill()
+        finally:
+            self._links -= 1
+            sock.close()
+
     def take_beat(self) -> bool:
-        """Whether it has said anything since the last call, or has not begun yet."""
+        """Whether it has said anything since the last call."""
         beaten, self._beaten = self._beaten, False
         return beaten
 

@@ -102,6 +102,9 @@ class Supervisor:
         except (FileError, CertificateError) as error:
             await self.close()
             raise StartError(str(error)) from None
+        except OSError as error:
+            await self.close()
+            raise StartError(f"cannot start {self._count} workers: {reason(error)}; try fewer with -workers") from None
         except StartError:
             await self.close()
             raise
@@ -151,12 +154,11 @@ class Supervisor:
         """Start a worker, linked with all others.  Raises OSError."""
         worker = self._workers[number] = await WorkerProcess.start(number, self._respond, self._pulsed)
         others = [other for other in self._workers.values() if other is not worker and not other.channel.closed]
+        links = []
         for other in others:
-            ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-            for near, far, end in ((worker, other, ends[0]), (other, worker, ends[1])):
-                if not near.handover.give(sibling_label(far.number), end):
-                    near.kill()  # it has not read for long
-                end.close()
+            near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            links += [worker.link(sibling_label(other.number), near), other.link(sibling_label(number), far)]
+        await asyncio.gather(*links)
         worker.channel.tell(Begin(len(others), None if self._config.key_path else self._state.private_key))
 
     async def _keep(self, number: int) -> None:

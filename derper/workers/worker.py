@@ -88,7 +88,7 @@ class _Worker:
         self._channel: Channel
         self._handover = Handover(socket.socket(fileno=place.handover))
         self._relay: WorkerRelay | None = None
-        self._begin: asyncio.Future[Begin] = asyncio.get_running_loop().create_future()
+        self._begin: asyncio.Future[Begin | None] = asyncio.get_running_loop().create_future()
         self._end = asyncio.Event()
         self._siblings: asyncio.Queue[socket.socket] = asyncio.Queue()
         self._unsynced = 0  # siblings of which we do not know all clients yet; those that come later do not count
@@ -101,6 +101,9 @@ class _Worker:
         self._channel = await Channel.open(sock, self._note, self._respond, self._orphaned)
         self._handover.receive(self._take)
         begin = await self._begin
+        if begin is None:
+            self._handover.close()
+            return
         relay = self._relay = WorkerRelay(self._config, self._place, lambda: self._channel, begin.private_key)
         self._unsynced = begin.siblings
         self._start(self._meet(relay))
@@ -131,7 +134,7 @@ class _Worker:
 
     def _orphaned(self) -> None:
         if not self._begin.done():
-            self._begin.cancel()
+            self._begin.set_result(None)
         self._end.set()
 
     async def _respond(self, question: str) -> AsyncGenerator[Any, None]:

@@ -6,15 +6,19 @@ import asyncio
 import os
 import pickle
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, suppress
 from typing import Any
 
 import pytest
 
+from derper.config import parse_flags
 from derper.relay.counters import Histogram
+from derper.workers import process as process_module
 from derper.workers.channel import Channel, ChannelClosed, Handover
-from derper.workers.messages import Place, sibling_label, sibling_of
+from derper.workers.messages import PORT, Place, sibling_label, sibling_of
+from derper.workers.process import WorkerProcess
+from derper.workers.worker import _Worker
 
 from .loopback import PATIENCE, until
 
@@ -170,6 +174,101 @@ async def test_as_many_as_the_system_holds() -> None:
     taker.close()
     with suppress(OSError):
         far.close()
+
+
+class Unkillable:
+    """A process that must go on."""
+
+    def kill(self) -> None:
+        raise AssertionError("it was ended")
+
+
+class Killable:
+    def __init__(self) -> None:
+        self.is_killed = False
+
+    def kill(self) -> None:
+        self.is_killed = True
+
+
+@pytest.fixture
+def way() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """The supervisor's end of the way to a worker, and the worker's."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    far.setblocking(False)
+    with near, far:
+        yield near, far
+
+
+def worker_with(near: socket.socket, process: Any) -> WorkerProcess:
+    worker = WorkerProcess(0, process, Handover(near))
+    worker.channel = Channel(lambda _: None, End().respond, lambda: None)
+    return worker
+
+
+async def test_a_rush_of_connections_delays_the_link_to_another_worker(
+    way: tuple[socket.socket, socket.socket],
+) -> None:
+    """It is no reason to end the worker; and no connection overtakes the link."""
+    near, far = way
+    worker = worker_with(near, Unkillable())
+    client, link = socket.socket(), socket.socket()
+    while worker.give(PORT, client):
+        pass
+    linking = asyncio.create_task(worker.link(sibling_label(1), link))
+    await asyncio.sleep(0)
+    assert far.recv(64) == PORT
+    assert not worker.give(PORT, client)
+    labels: list[bytes] = []
+
+    def take(label: bytes, sock: socket.socket) -> None:
+        labels.append(label)
+        sock.close()
+
+    taker = Handover(far)
+    taker.receive(take)
+    await linking
+    assert link.fileno() < 0
+    assert worker.give(PORT, client)
+    await until(lambda: labels[-2:] == [sibling_label(1), PORT])
+    client.close()
+    taker.close()
+
+
+async def test_a_worker_that_takes_no_link_is_ended(
+    way: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, _ = way
+    process = Killable()
+    worker = worker_with(near, process)
+    with socket.socket() as client:
+        while worker.give(PORT, client):
+            pass
+    monkeypatch.setattr(process_module, "_LINK_SECONDS", 0.02)
+    await worker.link(sibling_label(1), socket.socket())
+    assert process.is_killed
+
+
+async def test_a_link_to_a_worker_that_is_gone(way: tuple[socket.socket, socket.socket]) -> None:
+    near, far = way
+    worker = worker_with(near, Unkillable())
+    far.close()
+    worker.channel.closed = True
+    link = socket.socket()
+    await worker.link(sibling_label(1), link)
+    assert link.fileno() < 0
+
+
+async def test_an_orphan_that_has_not_begun_ends_in_silence() -> None:
+    channel, theirs = socket.socketpair()
+    handover, their_handover = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    place = Place(0, theirs.detach(), their_handover.detach())
+    worker = asyncio.create_task(_Worker(parse_flags(["-dev"], {}, is_root=False), place).run())
+    await asyncio.sleep(0)
+    channel.close()
+    handover.close()
+    async with asyncio.timeout(PATIENCE):
+        await worker
 
 
 def test_labels() -> None:
