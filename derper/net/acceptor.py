@@ -33,6 +33,7 @@ class Acceptor:
         self.limit: TokenBucket | None = None
         self.accepted = 0
         self.rejected = 0
+        self._rest: asyncio.TimerHandle | None = None
         sock.listen(_BACKLOG)
         self._loop.add_reader(sock.fileno(), self._accept)
 
@@ -48,12 +49,16 @@ class Acceptor:
             self._sock.close()
 
     def rest(self, seconds: float) -> None:
-        """Accept nothing for so long; who connects meanwhile waits."""
+        """Accept nothing for so long from now on, not even the next one; who connects meanwhile waits."""
         self._loop.remove_reader(self._sock.fileno())
-        self._loop.call_later(seconds, self._resume)
+        if self._rest is not None:
+            self._rest.cancel()
+        self._rest = self._loop.call_later(seconds, self._resume)
 
     def _accept(self) -> None:
         for _ in range(_ACCEPTS_AT_ONCE):
+            if self._rest is not None:
+                return
             try:
                 conn, address = self._sock.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -72,5 +77,6 @@ class Acceptor:
                 conn.close()
 
     def _resume(self) -> None:
+        self._rest = None
         if self._sock.fileno() >= 0:
             self._loop.add_reader(self._sock.fileno(), self._accept)

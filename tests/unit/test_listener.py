@@ -16,7 +16,8 @@ import pytest
 from derper.net import acceptor as acceptor_module
 from derper.net import listener as listener_module
 from derper.net import sockets
-from derper.net.listener import Listener, SocketOptions
+from derper.net.acceptor import Acceptor
+from derper.net.listener import Listener, SocketOptions, bind_tcp
 from derper.net.tls import ServerTLS
 from derper.relay.limits import TokenBucket
 
@@ -155,6 +156,30 @@ async def test_out_of_file_descriptors(node: LoopbackRelay, monkeypatch: pytest.
     client.send(b"GET /robots.txt HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     assert (await client.rest()).startswith(b"HTTP/1.1 200 ")
     await client.close()
+
+
+async def test_while_it_rests_it_takes_nothing() -> None:
+    """Not even those that came with the one after which it is to rest; and a new rest begins anew."""
+    loop = asyncio.get_running_loop()
+    offered: list[float] = []
+    rests = [0.02, 0.06, 0.0]
+
+    def offer(conn: socket.socket, _address: object) -> bool:
+        offered.append(loop.time())
+        conn.close()
+        acceptor.rest(rests[len(offered) - 1])
+        if len(offered) == 1:
+            acceptor.rest(0.1)
+        return True
+
+    acceptor = Acceptor(bind_tcp("127.0.0.1", 0, SocketOptions()), offer)
+    clients = [socket.create_connection(("127.0.0.1", acceptor.port)) for _ in range(3)]
+    await until(lambda: len(offered) == 3)
+    assert offered[1] - offered[0] >= 0.09
+    assert offered[2] - offered[1] >= 0.05
+    for client in clients:
+        client.close()
+    acceptor.close()
 
 
 async def test_socket_options() -> None:
