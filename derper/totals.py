@@ -78,8 +78,10 @@ def _is_counter(name: str, value: Value) -> bool:
     match value:
         case MultiLabelMap():
             return value.kind == "counter"
-        case Func() | LabelMap():
+        case Func():
             return name.startswith("counter_")
+        case LabelMap():
+            return not name.startswith("gauge_")
         case Histogram():
             return True
         case _:

@@ -19,6 +19,7 @@ def histogram(*values: int) -> Histogram:
 
 def worker(number: int) -> Tree:
     return {
+        "derper_tls_request_version": LabelMap("version", {"1.3": number}),
         "derp": {
             "accepts": number,
             "average_queue_duration_ms": Func(float(number)),
@@ -80,7 +81,8 @@ def test_what_a_worker_counted_stays_when_it_has_ended() -> None:
     assert "derp_accepts 4" in text
     assert "derp_batches_count 2" in text
     assert 'drops{reason="x"} 4' in text
-    for gone in ("clients", "average", "ready", "mesh_link_up", "version"):
+    assert 'derper_tls_request_version{version="1.3"} 4' in text
+    for gone in ("clients", "average", "ready", "mesh_link_up", "derp_version"):
         assert gone not in text
     assert "derp_accepts 9" in varz(total([{}, kept, worker(5)]))
 
