@@ -188,7 +188,7 @@ async def start_tls(
     except BaseException:
         sock.close()
         raise
-    if secure is not None:
+    if secure is not None and not context.keylog_filename:  # SSLKEYLOGFILE: only Python's ssl writes it
         return await secure(sock, context, server_name, protocol)
     loop = asyncio.get_running_loop()
     transport, _ = await loop.create_connection(_Idle, sock=sock)

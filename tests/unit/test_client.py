@@ -390,6 +390,14 @@ async def test_a_name_that_the_certificate_must_carry(
     assert caught.value.stage == "tls"
 
 
+async def test_the_secrets_are_logged_where_they_are_wanted(node: LoopbackRelay, tmp_path: Path) -> None:
+    """SSLKEYLOGFILE, which Python's default context heeds, and which only Python's ssl can write."""
+    roots = trusting(pair_for(HOST_NAME))
+    roots.keylog_filename = str(tmp_path / "keys")
+    await (await dial_endpoint(replace(node.endpoint, cert_name=HOST_NAME, roots=roots), ALICE)).close()
+    assert "CLIENT_HANDSHAKE_TRAFFIC_SECRET" in (tmp_path / "keys").read_text()
+
+
 @pytest.mark.parametrize("cert_name", ["", HOST_NAME])
 async def test_an_unknown_authority(node: LoopbackRelay, cert_name: str) -> None:
     with pytest.raises(DialError, match=r"the certificate is not trusted: self.signed certificate") as caught:
