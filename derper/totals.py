@@ -17,6 +17,7 @@ __all__ = ["counters_of", "total", "total_sample", "total_status"]
 
 _FIRST: Final = {  # of the relay, not of a process; or the same for all
     "counter_uptime_sec",
+    "gauge_ready",
     "node_boot_time_seconds",
     "process_max_fds",
     "process_network_receive_bytes_total",
@@ -31,7 +32,6 @@ _MOST: Final = {  # every worker sees the whole of it
     "counter_reload_failures",
     "gauge_clients_total",
     "gauge_config_problem",
-    "gauge_ready",
     "multiforwarder_created",
     "multiforwarder_deleted",
     "packet_forwarder_delete_other_value",
