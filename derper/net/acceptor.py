@@ -31,7 +31,6 @@ class Acceptor:
         self._offer = offer
         self._loop = asyncio.get_running_loop()
         self.limit: TokenBucket | None = None
-        self.accepted = 0
         self.rejected = 0
         self._rest: asyncio.TimerHandle | None = None
         sock.listen(_BACKLOG)
@@ -70,9 +69,7 @@ class Acceptor:
                 )
                 self.rest(_OUT_OF_FILES_PAUSE)
                 return
-            if (self.limit is None or self.limit.allow(self._loop.time())) and self._offer(conn, address):
-                self.accepted += 1
-            else:
+            if not ((self.limit is None or self.limit.allow(self._loop.time())) and self._offer(conn, address)):
                 self.rejected += 1
                 conn.close()
 

@@ -181,6 +181,7 @@ class Listener:
     def take(self, conn: socket.socket, address: tuple[Any, ...]) -> bool:
         """A connection has been accepted.  False, and the caller closes it, if too many others are on their way."""
         if len(self._arrivals) >= _ARRIVALS_AT_ONCE and not self._give_up_oldest():
+            self._given_up += self._acceptor is None  # which counts it itself
             return False
         self._taken += 1
         self._welcome(conn, address)

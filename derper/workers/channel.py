@@ -43,6 +43,10 @@ class _Kind(Enum):
     END = auto()
 
 
+Taken = Callable[[bytes, socket.socket | None], None]
+"""Takes a label and its socket; without one if this process has no descriptor left, and the system has closed it."""
+
+
 @dataclass(slots=True)
 class _Failure:
     text: str
@@ -188,7 +192,7 @@ class Handover:
             return False
         return True
 
-    def receive(self, taken: Callable[[bytes, socket.socket], None]) -> None:
+    def receive(self, taken: Taken) -> None:
         """Call `taken` for each socket that comes, from now on."""
         loop = asyncio.get_running_loop()
         loop.add_reader(self._sock.fileno(), self._take, taken)
@@ -199,17 +203,19 @@ class Handover:
             asyncio.get_running_loop().remove_reader(self._sock.fileno())
             self._sock.close()
 
-    def _take(self, taken: Callable[[bytes, socket.socket], None]) -> None:
+    def _take(self, taken: Taken) -> None:
         for _ in range(_HANDED_AT_ONCE):
             try:
                 label, descriptors, _, _ = socket.recv_fds(self._sock, 64, 1)
             except BlockingIOError:
                 return
-            except OSError:  # out of descriptors: the system has closed what came
+            except OSError:
                 continue
             if not label:  # the other end is gone
                 self.close()
                 return
+            if not descriptors:
+                taken(label, None)
             for descriptor in descriptors:
                 os.set_inheritable(descriptor, False)
                 taken(label, socket.socket(fileno=descriptor))

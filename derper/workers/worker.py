@@ -170,12 +170,14 @@ class _Worker:
 
     # -- sockets that come
 
-    def _take(self, label: bytes, sock: socket.socket) -> None:
-        if sibling_of(label) is not None:
-            self._siblings.put_nowait(sock)
+    def _take(self, label: bytes, sock: socket.socket | None) -> None:
+        is_connection = sibling_of(label) is None
+        self._taken += is_connection
+        if sock is None:
             return
-        self._taken += 1
-        if self._relay is not None:
+        if not is_connection:
+            self._siblings.put_nowait(sock)
+        elif self._relay is not None:
             self._relay.take(label, sock)
         else:
             sock.close()

@@ -133,6 +133,15 @@ async def test_a_silent_client_gives_way(node: LoopbackRelay, monkeypatch: pytes
     await until(lambda: len(os.listdir("/proc/self/fd")) == before)
 
 
+async def test_too_many_that_others_have_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener_module, "_ARRIVALS_AT_ONCE", 0)
+    monkeypatch.setattr(Listener, "_give_up_oldest", lambda _: False)
+    listener = Listener(lambda _: asyncio.Protocol(), choose=None, options=SocketOptions())
+    with socket.socket() as conn:
+        assert not listener.take(conn, ("127.0.0.1", 1))
+    assert (listener.accepted, listener.rejected) == (0, 1)
+
+
 async def test_out_of_file_descriptors(node: LoopbackRelay, monkeypatch: pytest.MonkeyPatch) -> None:
     """It rests, and goes on."""
     monkeypatch.setattr(acceptor_module, "_OUT_OF_FILES_PAUSE", 0.01)

@@ -135,7 +135,7 @@ async def test_the_other_process_ends(ends: tuple[End, End]) -> None:
 async def test_sockets_are_handed_over() -> None:
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     giver, taker = Handover(near), Handover(far)
-    got: list[tuple[bytes, socket.socket]] = []
+    got: list[tuple[bytes, socket.socket | None]] = []
     taker.receive(lambda label, sock: got.append((label, sock)))
     ours, theirs = socket.socketpair()
     assert giver.give(b"label", theirs)
@@ -143,6 +143,7 @@ async def test_sockets_are_handed_over() -> None:
     await until(lambda: len(got) == 1)
     label, sock = got[0]
     assert label == b"label"
+    assert sock is not None
     assert not os.get_inheritable(sock.fileno())
     with sock, ours:
         sock.send(b"hello")
@@ -164,7 +165,8 @@ async def test_as_many_as_the_system_holds() -> None:
     assert given > 50
     got: list[socket.socket] = []
 
-    def take(_label: bytes, sock: socket.socket) -> None:
+    def take(_label: bytes, sock: socket.socket | None) -> None:
+        assert sock is not None
         got.append(sock)
         sock.close()
 
@@ -174,6 +176,23 @@ async def test_as_many_as_the_system_holds() -> None:
     taker.close()
     with suppress(OSError):
         far.close()
+
+
+async def test_a_socket_that_got_lost_on_its_way() -> None:
+    """As for a process without a free descriptor: it is counted, or it would count as on its way for ever."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    taker = Handover(far)
+    got: list[tuple[bytes, socket.socket | None]] = []
+    taker.receive(lambda label, sock: got.append((label, sock)))
+    near.send(PORT)
+    await until(lambda: got == [(PORT, None)])
+    near.close()
+    await until(lambda: far.fileno() < 0)
+    worker = _Worker.__new__(_Worker)
+    worker._taken = 0
+    worker._take(PORT, None)
+    worker._take(sibling_label(1), None)
+    assert worker._taken == 1
 
 
 class Unkillable:
@@ -221,7 +240,8 @@ async def test_a_rush_of_connections_delays_the_link_to_another_worker(
     assert not worker.give(PORT, client)
     labels: list[bytes] = []
 
-    def take(label: bytes, sock: socket.socket) -> None:
+    def take(label: bytes, sock: socket.socket | None) -> None:
+        assert sock is not None
         labels.append(label)
         sock.close()
 
