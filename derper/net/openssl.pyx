@@ -33,6 +33,8 @@ cdef void *inbox_methods
 cdef void *_library() except NULL:
     if sys.implementation.name != "cpython" or sys.platform != "linux" or ssl.OPENSSL_VERSION_INFO < (3,):
         raise ImportError("this is for CPython with OpenSSL 3 on Linux")
+    if sys.version_info >= (3, 15):
+        raise ImportError("how this Python lays out its TLS contexts has not been looked at")
     path = getattr(_ssl, "__file__", None)
     if path is None:
         raise ImportError("OpenSSL is a part of this Python, and its functions cannot be found")

@@ -51,8 +51,14 @@ cdef extern from "<sys/socket.h>" nogil:
     int setsockopt(int fd, int level, int name, const void *value, unsigned int size)
     int shutdown(int fd, int how)
     int SHUT_WR, SOL_SOCKET, SO_RCVBUF
-    enum:
-        SO_BUF_LOCK
+
+cdef extern from *:
+    """
+    #ifndef SO_BUF_LOCK
+    #define SO_BUF_LOCK 72  /* Linux 5.14; older headers, as those for portable wheels, do not have it */
+    #endif
+    """
+    int SO_BUF_LOCK
 
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:
