@@ -30,7 +30,6 @@ class WorkerProcess:
         self.handover = handover
         self.channel: Channel
         self.pulse: Pulse | None = None
-        self.since = loop.time()
         self._process = process
         self._given = 0
         self._links = 0  # sockets to others that wait for room

@@ -163,15 +163,15 @@ class Supervisor:
 
     async def _keep(self, number: int) -> None:
         """Start the worker anew whenever it ends."""
-        loop = asyncio.get_running_loop()
+        clock = asyncio.get_running_loop().time
         retry = _FIRST_RETRY
         while True:
-            worker = self._workers[number]
-            why = await worker.ended()
+            worker, since = self._workers[number], clock()
+            why = await worker.ended()  # at once, if there was no starting it
             if sample := self._samples.pop(worker, None):
                 self._retired = total([self._retired, counters_of(sample.published)])
             self._open_or_close_ports()
-            if loop.time() - worker.since >= _LIVED:
+            if clock() - since >= _LIVED:
                 retry = _FIRST_RETRY
             log.error("derper: worker %d ended (%s); starting it again in %g s", number, why, retry)
             await asyncio.sleep(retry)
