@@ -138,12 +138,15 @@ _OF_A_PROCESS: Final = ("since", "cpuSeconds", "residentBytes", "openFiles")
 
 
 def total_status(answers: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The status of the whole relay.  The supervisor's answer has a list of workers; each worker's says which it is."""
-    if len(answers) == 1:
-        return answers[0]
+    """The status of the whole relay.  The supervisor's answer has its workers; each worker's says which it is.
+
+    If no worker answers, only what the supervisor knows is there.
+    """
     own, parts = answers[0], answers[1:]
-    if not parts:
+    if "workers" not in own:  # there is one process
         return own
+    if not parts:
+        return {**own, "workers": _workers(own["workers"], [])}
     return {
         **{name: value for name, value in parts[0].items() if name != "worker"},
         "listen": _listen([own["listen"], *(part["listen"] for part in parts)]),

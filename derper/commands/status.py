@@ -124,6 +124,10 @@ def _as_text(status: Status) -> str:
 
 
 def _parts(status: Status) -> Iterator[str]:
+    if "limits" not in status and status.get("workers"):
+        yield "\n".join([*_state(status), "no worker answers"])
+        yield _workers(status["workers"])
+        return
     yield "\n".join(_summary(status))
     if status["certificates"]:
         yield _certificates(status["certificates"])
@@ -138,11 +142,8 @@ def _parts(status: Status) -> Iterator[str]:
 
 
 def _summary(status: Status) -> Iterator[str]:
-    process, name = status["process"], status["node"] or "the relay"
-    state = "serves" if status["ready"] else f"does not serve: {'; '.join(status['reasons'])}"
-    rows = [f"{name} {state}"]
-    rows += [f"problem: {problem}" for problem in status["problems"]]
-    yield "\n".join(rows) + "\n"
+    process = status["process"]
+    yield "\n".join(_state(status)) + "\n"
     facts = [
         (
             "version",
@@ -158,6 +159,11 @@ def _summary(status: Status) -> Iterator[str]:
         ("limits", _limits(status["limits"])),
     ]
     yield from (f"{name:<12}{text}" for name, text in facts)
+
+
+def _state(status: Status) -> list[str]:
+    state = "serves" if status["ready"] else f"does not serve: {'; '.join(status['reasons'])}"
+    return [f"{status['node'] or 'the relay'} {state}", *(f"problem: {problem}" for problem in status["problems"])]
 
 
 def _resources(process: Status) -> str:

@@ -18,7 +18,7 @@ from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any, Final
 
-from .. import metrics, status
+from .. import __version__, metrics, status
 from ..certs import CertificateError
 from ..config import Config
 from ..expvar import Func, LabelMap, Tree, Value
@@ -401,6 +401,8 @@ class Supervisor:
     def _status(self) -> Mapping[str, Any]:
         reasons, acceptor = self.reasons(), self._acceptors.get(PORT)
         return {
+            "node": self._config.node,
+            "version": __version__,
             "ready": not reasons,
             "reasons": reasons,
             "problems": self.problems(),

@@ -146,4 +146,13 @@ def test_a_link_to_a_peer_is_up_since_the_last_worker_has_one() -> None:
 
 
 def test_before_any_worker_answers() -> None:
-    assert total_status([SUPERVISOR]) is SUPERVISOR
+    found = total_status([SUPERVISOR])
+    assert [(row["number"], row["restarts"]) for row in found["workers"]] == [(4, 0), (5, 1), (6, 9)]
+    assert {name: found[name] for name in found if name != "workers"} == {
+        name: value for name, value in SUPERVISOR.items() if name != "workers"
+    }
+
+
+def test_the_status_of_one_process_is_left_as_it_is() -> None:
+    only = {"node": "n"}
+    assert total_status([only]) is only

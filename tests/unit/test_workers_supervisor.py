@@ -1,4 +1,4 @@
-"""How a supervisor starts workers, where the system does not let it."""
+"""A supervisor that has no worker."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from derper.commands import status
 from derper.config import parse_flags
 from derper.ports import StartError
+from derper.totals import total_status
 from derper.workers import supervisor as supervisor_module
 from derper.workers.process import WorkerProcess
 from derper.workers.supervisor import Supervisor
@@ -33,6 +35,16 @@ def supervisor(monkeypatch: pytest.MonkeyPatch) -> Supervisor:
     return Supervisor(parse_flags(flags, {}, is_root=False), 2, rng=random.Random(1))
 
 
+class Ended:
+    """A worker that is no more."""
+
+    pid = 70
+    pulse = None
+
+    async def ended(self) -> str:
+        return "status 1"
+
+
 async def test_no_process_at_the_start(supervisor: Supervisor) -> None:
     with pytest.raises(
         StartError, match=r"^cannot start 2 workers: resource temporarily unavailable; try fewer with -workers$"
@@ -48,13 +60,6 @@ async def test_no_process_later(
     monkeypatch.setattr(supervisor_module, "_LAST_RETRY", 0.004)
     caplog.set_level(logging.ERROR)
 
-    class Ended:
-        since = -1e9
-        pulse = None
-
-        async def ended(self) -> str:
-            return "status 1"
-
     supervisor._workers[0] = Ended()  # type: ignore[assignment]
     keeper = asyncio.create_task(supervisor._keep(0))
     await until(lambda: len([r for r in caplog.messages if "starting it again" in r]) >= 4)
@@ -62,3 +67,14 @@ async def test_no_process_later(
     waits = [text.rpartition(" in ")[2] for text in caplog.messages if "starting it again" in text]
     assert waits[:4] == ["0.001 s", "0.002 s", "0.004 s", "0.004 s"]
     assert "derper: cannot start worker 0: resource temporarily unavailable" in caplog.messages
+
+
+async def test_what_derper_status_says_then(supervisor: Supervisor) -> None:
+    supervisor._workers[0] = Ended()  # type: ignore[assignment]
+    lines = status._as_text(total_status(await supervisor.gather("status"))).splitlines()
+    assert lines[:3] == [
+        "the relay does not serve: no worker runs",
+        "problem: worker 0 does not run",
+        "no worker answers",
+    ]
+    assert lines[-1].split() == ["0", "70", "no", "-", "-", "-", "0"]
