@@ -230,8 +230,6 @@ def _workers(own: Mapping[int, Mapping[str, Any]], parts: Sequence[Mapping[str, 
             part = found[number]
             process = part["process"]
             row |= {"clients": part["clients"], "connections": part["connections"].get("open", 0)}
-            row |= {
-                name: process[name] for name in ("since", "cpuSeconds", "residentBytes", "openFiles") if name in process
-            }
+            row |= {name: process[name] for name in _OF_A_PROCESS if name in process}
         rows.append(row)
     return rows

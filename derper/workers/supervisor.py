@@ -81,7 +81,6 @@ class Supervisor:
         self._retired: Tree = {}  # counters of workers that have ended
         self._samples: dict[WorkerProcess, Sample] = {}  # what each said last
         self._differ_since: float | None = None
-        self._drained: asyncio.Queue[None] = asyncio.Queue()
 
     # -- life ------------------------------------------------------------------------------------------------
 
