@@ -94,6 +94,12 @@ class Hub:
         for link in tuple(self.links):
             link.abort()
 
+    def space_behind(self, tail: bytes, limit: int = 0) -> memoryview:
+        """Where to read to: the shared buffer behind `tail`, which is put in front; `limit` bytes, 0 for all."""
+        start = len(tail)
+        self.read_buffer[:start] = tail
+        return self.read_view[start : start + limit if limit else None]
+
     async def closed(self, links: Iterable[Link], seconds: float) -> None:
         """Wait until all these links are closed, but not longer than `seconds`."""
         waiting = set(links)

@@ -88,8 +88,7 @@ class Link(asyncio.BufferedProtocol):
         limit = 0 if session is None else session.read_limit
         if not tail and not limit:
             return self._hub.read_view
-        self._hub.read_buffer[: len(tail)] = tail
-        return self._hub.read_view[len(tail) : len(tail) + limit if limit else None]
+        return self._hub.space_behind(tail, limit)
 
     def buffer_updated(self, nbytes: int) -> None:
         """`nbytes` were read behind the tail."""

@@ -49,9 +49,7 @@ class SiblingLink(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """The buffer that all connections share, with what is left of earlier reads in front."""
-        tail = self._tail
-        self._hub.read_buffer[: len(tail)] = tail
-        return self._hub.read_view[len(tail) :]
+        return self._hub.space_behind(self._tail)
 
     def buffer_updated(self, nbytes: int) -> None:
         """`nbytes` were read behind the tail."""
