@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench import figures, generator, machine, network, relays, report, scenarios, targets
+from bench.command import exit_status
 from bench.errors import BenchError, SkipError
 from bench.rig import Effort, Known, Rig, Scenario
 from bench.starter import Starter
@@ -24,15 +24,7 @@ HERE = Path(__file__).parent
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line, measures, writes the results. Returns the exit status."""
     arguments = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        _bench(arguments)
-    except BenchError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_status("bench", lambda: _bench(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:

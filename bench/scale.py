@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import figures, generator, machine, network, reach, relays, report
+from bench.command import exit_status
 from bench.errors import BenchError
 from bench.generator import Generator
 from bench.region import Gauges, Region, meshed
@@ -43,15 +43,7 @@ as fast as these take them. The nodes *agree* when each counts all clients of th
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line, measures, writes the results. Returns the exit status."""
     arguments = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        _bench(arguments)
-    except BenchError as error:
-        print(f"bench.scale: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_status("bench.scale", lambda: _bench(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
