@@ -1,0 +1,115 @@
+"""A region as its owner wants it: the parts of the spec together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from .. import names
+from . import clients, derpmap, exposure, limits, pod, tls
+from .clients import Clients
+from .derpmap import MapOptions
+from .errors import InvalidSpec
+from .exposure import Exposure
+from .limits import Limits
+from .pod import PodOptions
+from .tls import Tls
+
+MIN_REPLICAS: Final = 3
+MAX_REPLICAS: Final = 64
+MAX_NAME: Final = 40
+_DNS_LABEL: Final = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One region as its owner wants it."""
+
+    name: str
+    namespace: str
+    uid: str
+    generation: int
+    region_id: int
+    code: str
+    title: str
+    replicas: int
+    clients: Clients
+    image: str | None = None
+    image_pull_policy: str | None = None
+    image_pull_secrets: tuple[str, ...] = ()
+    exposure: Exposure = field(default_factory=Exposure)
+    tls: Tls = field(default_factory=Tls)
+    limits: Limits = field(default_factory=Limits)
+    map: MapOptions = field(default_factory=MapOptions)
+    pod: PodOptions = field(default_factory=PodOptions)
+
+    @property
+    def pods(self) -> tuple[str, ...]:
+        """The names of the wanted pods, by ordinal."""
+        return tuple(names.pod_name(self.name, ordinal) for ordinal in range(self.replicas))
+
+    def host_name(self, pod: str) -> str:
+        """The name that `tls.hostNameTemplate` gives to a pod.  Only for mode Template."""
+        ordinal = pod.rpartition("-")[2]
+        values = {"pod": pod, "ordinal": ordinal, "region": self.name, "namespace": self.namespace}
+        return tls.expand(self.tls.template or "", values)
+
+
+def parse(resource: Mapping[str, Any]) -> Region:
+    """Read a DerpRegion as the API server returns it.  Raises `InvalidSpec`."""
+    meta, spec = resource["metadata"], resource.get("spec") or {}
+    problems: list[str] = []
+    name = str(meta["name"])
+    region = Region(
+        name=name,
+        namespace=str(meta["namespace"]),
+        uid=str(meta["uid"]),
+        generation=int(meta.get("generation", 0)),
+        region_id=int(spec.get("regionID", 0)),
+        code=str(spec.get("regionCode") or name),
+        title=str(spec.get("regionName") or spec.get("regionCode") or name),
+        replicas=int(spec.get("replicas", MIN_REPLICAS)),
+        clients=clients.parse(spec.get("clients") or {}),
+        image=spec.get("image"),
+        image_pull_policy=spec.get("imagePullPolicy"),
+        image_pull_secrets=tuple(item["name"] for item in spec.get("imagePullSecrets") or ()),
+        exposure=exposure.parse(spec.get("exposure") or {}, problems),
+        tls=tls.parse(spec.get("tls") or {}),
+        limits=limits.parse(spec.get("limits") or {}),
+        map=derpmap.parse(spec.get("map") or {}),
+        pod=pod.parse(spec.get("pod") or {}),
+    )
+    for rule in _RULES:
+        problems.extend(rule(region))
+    if problems:
+        raise InvalidSpec(problems)
+    return region
+
+
+def _check_name(region: Region) -> list[str]:
+    if len(region.name) <= MAX_NAME and _DNS_LABEL.fullmatch(region.name):
+        return []
+    return [
+        f"metadata.name is {region.name!r}: a region's name is at most {MAX_NAME} lower-case letters, digits and '-', "
+        "and starts with a letter; create the region under another name."
+    ]
+
+
+def _check_numbers(region: Region) -> list[str]:
+    found = []
+    if not 900 <= region.region_id <= 999:
+        found.append(f"spec.regionID is {region.region_id}: regions of your own have ids from 900 to 999.")
+    if not MIN_REPLICAS <= region.replicas <= MAX_REPLICAS:
+        found.append(f"spec.replicas is {region.replicas}: a region has {MIN_REPLICAS} to {MAX_REPLICAS} relays.")
+    return found
+
+
+_RULES: Final[tuple[Callable[[Region], list[str]], ...]] = (
+    _check_name,
+    _check_numbers,
+    exposure.check,
+    tls.check,
+    clients.check,
+)
