@@ -31,6 +31,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 MODULES: Final = (  # by dotted name
     "derper.net.openssl",
+    "derper.net.poller",
     "derper.net.tlsio",
     "derper.relay.counters",
     "derper.relay.session",

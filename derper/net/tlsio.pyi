@@ -3,16 +3,14 @@ import socket
 from collections.abc import Callable
 
 from .openssl import Context
-
-class Poller:
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None: ...
+from .poller import Poller
 
 class Transport:
     def __init__(
         self,
         poller: Poller,
-        context: Context,
         sock: socket.socket,
+        context: Context,
         factory: Callable[[], asyncio.BaseProtocol],
         done: Callable[[Exception | None], None],
         server_name: str | None = None,

@@ -2,11 +2,9 @@
 
 ::
 
-    epoll --> Poller --> Transport: recv --> SSL_read into the protocol's buffer
+    Poller --> Transport: recv --> SSL_read into the protocol's buffer
     protocol --> Transport.write: SSL_write --> send
 
-* One epoll instance serves all connections and is itself watched by the event loop: one turn of the loop handles all
-  that is ready, and errors of sockets are seen, which a reader of uvloop is not told of.
 * What has come is received with one system call into one buffer that all connections share; OpenSSL takes record by
   record from there.  Its own buffers it frees when they are empty, so an idle connection has none.
 * The contexts are Python's `ssl.SSLContext`, and the library is the one that Python's `ssl` has loaded, see `openssl`.
@@ -16,10 +14,8 @@ For CPython with OpenSSL 3 on Linux.
 """
 
 cimport cython
-from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from libc.errno cimport EAGAIN, EINTR, errno
-from libc.stdint cimport uint32_t, uint64_t
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.errno cimport errno
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
@@ -36,21 +32,17 @@ from .openssl cimport (
     new_inbox,
     openssl,
 )
+from .poller cimport EPOLLIN, FLUSHING, HANDSHAKE, OPEN, TURN, Poller, Stream
 
 import os
 import ssl
 
-__all__ = ["Poller", "Transport"]
+__all__ = ["Transport"]
 
-
-cdef extern from "<unistd.h>" nogil:
-    int close(int fd)
 
 cdef extern from "<sys/socket.h>" nogil:
-    ssize_t recv(int fd, void *buffer, size_t size, int flags)
     int setsockopt(int fd, int level, int name, const void *value, unsigned int size)
-    int shutdown(int fd, int how)
-    int SHUT_WR, SOL_SOCKET, SO_RCVBUF
+    int SOL_SOCKET, SO_RCVBUF
 
 cdef extern from *:
     """
@@ -60,96 +52,13 @@ cdef extern from *:
     """
     int SO_BUF_LOCK
 
-cdef extern from "<sys/epoll.h>" nogil:
-    ctypedef union epoll_data_t:
-        uint64_t u64
-    struct epoll_event:
-        uint32_t events
-        epoll_data_t data
-    int epoll_create1(int flags)
-    int epoll_ctl(int epoll, int operation, int fd, epoll_event *event)
-    int epoll_wait(int epoll, epoll_event *events, int most, int timeout)
-    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD
-    uint32_t EPOLLIN, EPOLLOUT, EPOLLERR, EPOLLHUP
-
-
 cdef enum:
-    TURN = 128 << 10  # bytes received at a time; then others have their turn
     QUEUE = 128 << 10  # bytes that may wait to be received when there is more than can be handled
     PATIENCE = 4  # turns
-    EVENTS = 256  # connections handled in one turn of the loop
-    HIGH_WATER = 64 << 10  # bytes
-    CLOSE_SECONDS = 30  # for the other side to take what was written to it, and to close
-
-cdef enum State:
-    HANDSHAKE, OPEN, FLUSHING, LINGERING, CLOSED
-
-
-@cython.no_gc_clear  # or what ends late, in a dying loop, would find None instead of a Poller
-cdef class Poller:
-    """Tells connections what their sockets are ready for."""
-
-    cdef int epoll
-    cdef object loop
-    cdef dict transports  # descriptor -> Transport
-    cdef char *received
-    cdef Transport receiver  # whose bytes are in `received` now
-    cdef char *clear
-
-    def __cinit__(self, loop):
-        self.epoll = -1
-        self.loop = loop
-        self.transports = {}
-        self.received = <char *>malloc(2 * TURN)
-        if self.received == NULL:
-            raise MemoryError
-        self.clear = self.received + TURN
-
-    def __dealloc__(self):
-        free(self.received)
-        if self.epoll >= 0:
-            close(self.epoll)
-
-    cdef int _add(self, Transport transport) except -1:
-        if self.epoll < 0:
-            self.epoll = epoll_create1(EPOLL_CLOEXEC)
-            if self.epoll < 0:
-                raise OSError(errno, os.strerror(errno))
-            self.loop.add_reader(self.epoll, self._ready)
-        self.transports[transport.fd] = transport
-        self._watch(EPOLL_CTL_ADD, transport.fd, EPOLLIN)
-        return 0
-
-    cdef int _remove(self, Transport transport) except -1:
-        if self.transports.pop(transport.fd, None) is not None:
-            epoll_ctl(self.epoll, EPOLL_CTL_DEL, transport.fd, NULL)
-            if not self.transports:  # so nobody need close us
-                self.loop.remove_reader(self.epoll)
-                close(self.epoll)
-                self.epoll = -1
-        return 0
-
-    cdef int _watch(self, int operation, int fd, uint32_t interest) except -1:
-        cdef epoll_event event
-        event.events = interest
-        event.data.u64 = fd
-        if epoll_ctl(self.epoll, operation, fd, &event) < 0:
-            raise OSError(errno, os.strerror(errno))
-        return 0
-
-    def _ready(self):
-        cdef epoll_event events[EVENTS]
-        cdef int count = epoll_wait(self.epoll, events, EVENTS, 0)
-        cdef int index
-        cdef Transport transport
-        for index in range(count):
-            transport = <Transport>self.transports.get(events[index].data.u64)
-            if transport is not None:
-                transport._handle(events[index].events)
 
 
 @cython.no_gc_clear
-cdef class Transport:
+cdef class Transport(Stream):
     """An asyncio transport for an accepted socket, or with a `server_name` for a connected one; it owns the socket from
     `start` on.  An empty name is not sent.
 
@@ -157,45 +66,25 @@ cdef class Transport:
     exception that tells why not.  There is no time-out of the handshake: `abort` it.
     """
 
-    cdef Poller poller
     cdef Context context
     cdef void *ssl
-    cdef object sock
-    cdef int fd
-    cdef State state
     cdef bint is_client
-    cdef bint is_buffered  # the protocol has buffers of its own
-    cdef bint is_paused  # the protocol wants no more bytes now
     cdef bint is_waiting  # the loop will call `_go_on`
-    cdef bint needs_room  # OpenSSL cannot go on before the socket takes more
     cdef bint is_bounded  # its receive queue
     cdef int behind  # turns in a row in which a turn's worth was waiting, or, once it is bounded, was not
-    cdef bint is_full  # the protocol was told to write no more
-    cdef uint32_t interest
+    cdef int stop  # why OpenSSL reads no more for now, 0 if only the protocol's space was too small
+    cdef object failure  # the exception for that, if it is one
     cdef Inbox inbox
     cdef char *held  # the inbox's bytes, while others use the shared buffer
     cdef object factory
     cdef object done
-    cdef object protocol
-    cdef list backlog  # of bytes that the socket does not take now
-    cdef Py_ssize_t backlog_size
-    cdef Py_ssize_t high
-    cdef Py_ssize_t low
-    cdef object timer
-    cdef object __weakref__
 
-    def __cinit__(self, Poller poller, Context context, sock, factory, done, str server_name=None):
+    def __cinit__(self, Poller poller, sock, Context context, factory, done, str server_name=None):
         cdef void *incoming
         cdef void *outgoing
-        self.poller = poller
         self.context = context
-        self.sock = sock
-        self.fd = sock.fileno()
         self.factory = factory
         self.done = done
-        self.interest = EPOLLIN
-        self.high = HIGH_WATER
-        self.low = HIGH_WATER // 4
         self.ssl = openssl.SSL_new(context.ctx)
         if self.ssl == NULL:
             raise MemoryError
@@ -223,12 +112,7 @@ cdef class Transport:
     def start(self):
         """Begin the handshake: a server's with what the client has sent already."""
         self.needs_room = self.is_client  # nothing has to come first
-        try:
-            self.poller._add(self)
-        except OSError as error:
-            self._end(error)
-        else:
-            self._handle(EPOLLIN)
+        self._add()
 
     # -- asyncio.Transport, for the protocol ---------------------------------------------------------------------------
 
@@ -236,18 +120,9 @@ cdef class Transport:
         """`socket`, `peername`, `sockname`, `sslcontext`; `ssl_object` is this object."""
         if name == "ssl_object":
             return self
-        if name == "socket":
-            return self.sock
         if name == "sslcontext":
             return self.context.context
-        try:
-            if name == "peername":
-                return self.sock.getpeername()
-            if name == "sockname":
-                return self.sock.getsockname()
-        except OSError:
-            pass
-        return default
+        return Stream.get_extra_info(self, name, default)
 
     def version(self):
         """As `ssl.SSLObject.version`, for example "TLSv1.3"."""
@@ -264,77 +139,10 @@ cdef class Transport:
         cdef int count = 0 if chain == NULL else openssl.OPENSSL_sk_num(chain)
         return [_encoded(openssl.OPENSSL_sk_value(chain, index)) for index in range(count)]
 
-    def set_protocol(self, protocol):
-        self.protocol = protocol
-        self.is_buffered = hasattr(protocol, "get_buffer")
-
-    def get_protocol(self):
-        return self.protocol
-
-    def is_closing(self):
-        return self.state > OPEN
-
-    def is_reading(self):
-        return self.state <= OPEN and not self.is_paused
-
-    def pause_reading(self):
-        if self.state == OPEN and not self.is_paused:
-            self.is_paused = True
-            self._watch()
-
     def resume_reading(self):
-        if self.state == OPEN and self.is_paused:
-            self.is_paused = False
-            self._watch()
+        Stream.resume_reading(self)
+        if self.state == OPEN:
             self._come_back()
-
-    def set_write_buffer_limits(self, high=None, low=None):
-        if high is None:
-            high = HIGH_WATER if low is None else 4 * low
-        if low is None:
-            low = high // 4
-        if not high >= low >= 0:
-            raise ValueError(f"the limits of a write buffer must be high >= low >= 0, not {high} and {low}")
-        self.high = high
-        self.low = low
-        self._tell_protocol()
-
-    def get_write_buffer_limits(self):
-        return self.low, self.high
-
-    def get_write_buffer_size(self):
-        return self.backlog_size
-
-    def can_write_eof(self):
-        return False
-
-    def writelines(self, parts):
-        self.write(b"".join(parts))
-
-    cpdef write(self, data):
-        """Send bytes.  Their buffer may be used anew at once."""
-        cdef Py_buffer view
-        cdef Py_ssize_t size, sent
-        if self.state != OPEN:
-            return
-        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
-        try:
-            size = view.len
-            sent = 0 if self.backlog_size else self._send(<char *>view.buf, size)
-            if 0 <= sent < size:
-                self._keep(PyBytes_FromStringAndSize(<char *>view.buf + sent, size - sent))
-        finally:
-            PyBuffer_Release(&view)
-
-    def close(self):
-        """Send what waits and say goodbye; close when the other side does so too."""
-        if self.state == HANDSHAKE:
-            self.abort()
-        elif self.state == OPEN:
-            self.state = FLUSHING
-            self._drop_inbox()
-            self.timer = self.poller.loop.call_later(CLOSE_SECONDS, self.abort)
-            self._flush()
 
     def abort(self):
         """Close now.  `done` is not called any more."""
@@ -342,20 +150,6 @@ cdef class Transport:
         self._end(None)
 
     # -- events ----------------------------------------------------------------------------------------------------
-
-    cdef int _handle(self, uint32_t events) except -1:
-        try:
-            if events & EPOLLOUT:
-                self._writable()
-            if not self.is_paused:
-                if events & (EPOLLIN | EPOLLERR | EPOLLHUP):
-                    self._readable()
-            elif events & (EPOLLERR | EPOLLHUP):
-                self._end(ConnectionResetError("the connection was reset"))
-        except Exception as error:
-            self._blame(error)
-            self._end(error)
-        return 0
 
     cdef int _readable(self) except -1:
         if self.state > OPEN:
@@ -366,35 +160,16 @@ cdef class Transport:
                 if self.state == HANDSHAKE:
                     self._handshake()
                 if self.state == OPEN and not self.is_paused:
-                    self._read()
+                    self._decrypt()
             finally:
                 self._hold()
             self._watch()
         return 0
 
     cdef int _writable(self) except -1:
-        if self.state == FLUSHING:
-            self._flush()
-            self._tell_protocol()
-        elif self.state <= OPEN:
-            if self.needs_room:
-                self._readable()
-            if self.state == OPEN and self.backlog_size:
-                self._send_backlog()
-                self._tell_protocol()
-            self._watch()
-        return 0
-
-    cdef int _watch(self) except -1:
-        """Have epoll tell what can be used now, and nothing else: it tells again and again."""
-        cdef uint32_t interest = 0
-        if self.needs_room or self.backlog_size or self.state == FLUSHING:
-            interest |= EPOLLOUT
-        if not (self.needs_room or self.is_paused or self.state == FLUSHING):
-            interest |= EPOLLIN
-        if interest != self.interest and self.state != CLOSED:
-            self.poller._watch(EPOLL_CTL_MOD, self.fd, interest)
-            self.interest = interest
+        if self.needs_room and self.state <= OPEN:
+            self._readable()
+        Stream._writable(self)
         return 0
 
     cdef bint _has_bytes(self) noexcept:
@@ -412,13 +187,6 @@ cdef class Transport:
         self.is_waiting = False
         if self.state == OPEN and not self.is_paused:
             self._handle(EPOLLIN)
-
-    cdef int _blame(self, error) except -1:
-        """A callback of the protocol raised it."""
-        self.poller.loop.call_exception_handler(
-            {"message": "Fatal error on a TLS connection", "exception": error, "transport": self}
-        )
-        return 0
 
     # -- the handshake ----------------------------------------------------------------------------------------------
 
@@ -464,10 +232,9 @@ cdef class Transport:
         """Whether something came into the shared buffer."""
         cdef Poller poller = self.poller
         if poller.receiver is not None:  # we are called from within a callback of its
-            poller.receiver._hold()
-        self._drop_inbox()
-        cdef ssize_t size = recv(self.fd, poller.received, TURN, 0)
-        cdef int code = errno
+            (<Transport>poller.receiver)._hold()
+        self._drop_unread()
+        cdef ssize_t size = self._take(poller.received, TURN)
         if size > 0:
             self.inbox.at = poller.received
             self.inbox.size = size
@@ -477,12 +244,9 @@ cdef class Transport:
             elif self.behind:
                 self.behind = 0
             return True
-        if size < 0:
-            if code != EAGAIN and code != EINTR:
-                self._end(OSError(code, os.strerror(code)))
-        elif self.state == HANDSHAKE:
+        if size == 0 and self.state == HANDSHAKE:
             self._end(self._closed_early())
-        else:
+        elif size == 0:
             self.close()  # without a goodbye, but who says no more may still listen
         return False
 
@@ -506,7 +270,7 @@ cdef class Transport:
         if self.poller.receiver is self:
             self.poller.receiver = None
         if self.inbox.size == 0:
-            self._drop_inbox()
+            self._drop_unread()
         elif self.held == NULL:
             self.held = <char *>malloc(self.inbox.size)
             if self.held == NULL:
@@ -515,56 +279,42 @@ cdef class Transport:
             self.inbox.at = self.held
         return 0
 
-    cdef int _drop_inbox(self) noexcept:
+    cdef int _drop_unread(self) except -1:
         self.inbox.size = 0
         free(self.held)
         self.held = NULL
         return 0
 
-    cdef int _read(self) except -1:
-        cdef Py_buffer view
-        cdef Py_ssize_t size
-        cdef int end = 0
-        cdef bytes data = None
-        protocol, error = self.protocol, None
-        if self.is_buffered:
-            PyObject_GetBuffer(protocol.get_buffer(-1), &view, PyBUF_WRITABLE)
-            size = self._fill(<char *>view.buf, view.len, &end) if view.len else -1
-            PyBuffer_Release(&view)
-            if size < 0:
-                raise RuntimeError("get_buffer() returned an empty buffer")
-        else:
-            size = self._fill(self.poller.clear, TURN, &end)
-            data = PyBytes_FromStringAndSize(self.poller.clear, size)
-        if end != 0 and end != SSL_ERROR_WANT_READ:
-            error = _failure(end)  # before a callback uses OpenSSL
-        if size and data is not None:
-            protocol.data_received(data)
-        elif size:
-            protocol.buffer_updated(size)
-        if self.state != OPEN or end == SSL_ERROR_WANT_READ:
+    cdef int _decrypt(self) except -1:
+        """Hand the protocol what there is, and see to what OpenSSL said then."""
+        self._read()
+        failure, self.failure = self.failure, None
+        if self.state != OPEN or self.stop == SSL_ERROR_WANT_READ:
             return 0
-        if end == 0:
+        if self.stop == 0:
             if not self.is_paused:
                 self._come_back()
-        elif end == SSL_ERROR_WANT_WRITE:
+        elif self.stop == SSL_ERROR_WANT_WRITE:
             self.needs_room = True
-        elif end == SSL_ERROR_ZERO_RETURN:
+        elif self.stop == SSL_ERROR_ZERO_RETURN:
             self.protocol.eof_received()
             self.close()
         else:
-            self._end(error)
+            self._end(failure)
         return 0
 
-    cdef Py_ssize_t _fill(self, char *into, Py_ssize_t space, int *end) noexcept:
-        """Decrypt what has come.  `end` is OpenSSL's reason to stop, 0 if only the space was too small."""
+    cdef Py_ssize_t _fill(self, char *into, Py_ssize_t space) except -1:
+        """Decrypt what has come."""
         cdef Py_ssize_t total = 0
         cdef int size
+        self.stop = 0
         openssl.ERR_clear_error()
         while total < space:
             size = openssl.SSL_read(self.ssl, into + total, <int>min(space - total, 1 << 30))
             if size <= 0:
-                end[0] = openssl.SSL_get_error(self.ssl, size)
+                self.stop = openssl.SSL_get_error(self.ssl, size)
+                if self.stop != SSL_ERROR_WANT_READ:
+                    self.failure = _failure(self.stop)  # before a callback uses OpenSSL
                 break
             total += size
         return total
@@ -589,95 +339,26 @@ cdef class Transport:
             total += sent
         return total
 
-    cdef int _keep(self, bytes rest) except -1:
-        if self.backlog is None:
-            self.backlog = []
-        self.backlog.append(rest)
-        self.backlog_size += PyBytes_GET_SIZE(rest)
-        self._watch()
-        self._tell_protocol()
-        return 0
-
-    cdef int _send_backlog(self) except -1:
-        cdef Py_ssize_t sent
-        cdef bytes part
-        cdef int done = 0
-        for part in self.backlog or ():
-            sent = self._send(PyBytes_AS_STRING(part), PyBytes_GET_SIZE(part))
-            if sent < 0:
-                return 0
-            self.backlog_size -= sent
-            if sent < PyBytes_GET_SIZE(part):
-                self.backlog[done] = part[sent:]
-                break
-            done += 1
-        if self.backlog_size:
-            del self.backlog[:done]
-        else:
-            self.backlog = None
-        return 0
-
-    cdef int _tell_protocol(self) except -1:
-        try:
-            if self.backlog_size > self.high and not self.is_full and self.state == OPEN:
-                self.is_full = True
-                self.protocol.pause_writing()
-            elif self.backlog_size <= self.low and self.is_full and self.state <= FLUSHING:
-                self.is_full = False
-                self.protocol.resume_writing()
-        except Exception as error:  # it is no failure of whoever writes
-            self._blame(error)
-        return 0
-
     # -- the end --------------------------------------------------------------------------------------------------------
 
-    cdef int _flush(self) except -1:
-        """Send what waits, then the goodbye.  Unless the other side has said it too, wait until that closes: to close on
-        unread bytes would be a reset, which destroys what is on its way."""
-        cdef int result
-        cdef int error = SSL_ERROR_WANT_WRITE
-        self._send_backlog()
-        if not self.backlog_size and self.state == FLUSHING:
-            openssl.ERR_clear_error()
-            result = openssl.SSL_shutdown(self.ssl)
-            error = openssl.SSL_get_error(self.ssl, result)
-            openssl.ERR_clear_error()  # Python's ssl would take it for its own
-            if result == 1:
-                self._end(None)
-            elif error != SSL_ERROR_WANT_WRITE:
-                self.state = LINGERING
-                self.is_paused = self.needs_room = False
-                shutdown(self.fd, SHUT_WR)
-                self._discard()
-        self._watch()
-        return 0
-
-    cdef int _discard(self) except -1:
-        cdef ssize_t size = recv(self.fd, self.poller.clear, TURN, 0)
-        if size == 0 or (size < 0 and errno != EAGAIN and errno != EINTR):
+    cdef int _say_goodbye(self) except -1:
+        """Unless the other side has said it too, wait until that closes."""
+        openssl.ERR_clear_error()
+        cdef int result = openssl.SSL_shutdown(self.ssl)
+        cdef int error = openssl.SSL_get_error(self.ssl, result)
+        openssl.ERR_clear_error()  # Python's ssl would take it for its own
+        if result == 1:
             self._end(None)
-        return 0
-
-    cdef int _end(self, error) except -1:
-        if self.state != CLOSED:
-            self.state = CLOSED
-            self._drop_inbox()
-            self.poller._remove(self)
-            if self.timer is not None:
-                self.timer.cancel()
-                self.timer = None
-            self.poller.loop.call_soon(self._finish, error)
+        elif error != SSL_ERROR_WANT_WRITE:
+            self._linger()
         return 0
 
     def _finish(self, error):
-        protocol, self.protocol = self.protocol, None
         done, self.done = self.done, None
-        self.factory = self.backlog = None
+        self.factory = None
         try:
-            if protocol is not None:
-                protocol.connection_lost(error)
+            Stream._finish(self, error)
         finally:
-            self.sock.close()
             if done is not None:
                 done(error or self._closed_early())
 

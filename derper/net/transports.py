@@ -11,7 +11,7 @@ from typing import cast
 from ..dial import Secure
 
 try:
-    from . import openssl, tlsio
+    from . import openssl, poller, tlsio
 except ImportError:  # not compiled, or there is no OpenSSL that it can use
     tlsio = None  # type: ignore[assignment]
 
@@ -24,7 +24,7 @@ class Transports:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._poller = None if tlsio is None else tlsio.Poller(loop)
+        self._poller = None if tlsio is None else poller.Poller(loop)
         self._last: tuple[ssl.SSLContext, openssl.Context] | None = None
 
     def open(
@@ -43,7 +43,7 @@ class Transports:
             task = self._loop.create_task(self._on_loop(sock, context, factory, done))
             task.add_done_callback(lambda task: sock.close() if task.cancelled() else None)
             return task.cancel
-        transport = tlsio.Transport(self._poller, self._context(context), sock, factory, done)
+        transport = tlsio.Transport(self._poller, sock, self._context(context), factory, done)
         transport.start()
         return transport.abort
 
@@ -61,7 +61,7 @@ class Transports:
             if not up.done():
                 up.set_result(None) if error is None else up.set_exception(error)
 
-        transport = tlsio.Transport(self._poller, openssl.Context(context), sock, lambda: protocol, done, server_name)
+        transport = tlsio.Transport(self._poller, sock, openssl.Context(context), lambda: protocol, done, server_name)
         transport.start()
         try:
             await up
