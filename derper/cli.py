@@ -8,9 +8,9 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from . import __version__, config, procfs
 from .config import Config, HelpWanted, UsageError, VersionWanted
@@ -76,10 +76,10 @@ def _relay(arguments: list[str]) -> int:
     except UsageError as error:
         print(f"derper: {error}", file=sys.stderr)
         return error.status
-    place = Place.taken_from(os.environ)
-    set_up_logging() if place is None else set_up_logging(f"worker {place.number}: ")
-    raise_file_limit()
     try:
+        place = Place.taken_from(os.environ)
+        set_up_logging() if place is None else set_up_logging(f"worker {place.number}: ")
+        raise_file_limit()
         run(lambda: serve(chosen) if place is None else _work(chosen, place))
     except StartError as error:
         print(f"derper: {error}", file=sys.stderr)
@@ -88,24 +88,38 @@ def _relay(arguments: list[str]) -> int:
 
 
 async def serve(chosen: Config) -> None:
-    """Run a relay until SIGTERM or SIGINT, then drain it; a second signal ends it at once.  SIGHUP: read all files."""
+    """Run a relay until SIGTERM or SIGINT, then drain it; a second signal, or one before it serves, ends it at once.
+
+    SIGHUP: read all files.
+    """
     count = chosen.workers or procfs.usable_cpus()
     relay = Relay(chosen, rng=random.Random()) if count == 1 else _supervisor(chosen, count)
     stop = stop_signals()
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, relay.reload)
-    await relay.start()
+    if not (await _done_before(stop, relay.start()) and await _is_drained(relay, stop)):
+        await relay.close()
+    log.info("derper: stopped")
+
+
+async def _is_drained(relay: Relay | Supervisor, stop: asyncio.Event) -> bool:
     settle()
     await stop.wait()
     stop.clear()
     log.info("derper: draining")
-    drain = asyncio.ensure_future(relay.drain())
-    again = asyncio.ensure_future(stop.wait())
-    await asyncio.wait((drain, again), return_when=asyncio.FIRST_COMPLETED)
-    again.cancel()
-    if not drain.done():
-        drain.cancel()
-        await relay.close()
-    log.info("derper: stopped")
+    return await _done_before(stop, relay.drain())
+
+
+async def _done_before(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+    """Whether it was done before somebody said stop; else it is cancelled."""
+    task, stopping = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    await asyncio.wait((task, stopping), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if task.done():
+        task.result()
+        return True
+    task.cancel()
+    await asyncio.wait((task,))
+    return False
 
 
 # Most relays have one worker, and load nothing that only several need.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import socket
 from collections.abc import MutableMapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final, Self
 
+from ..ports import StartError
 from ..wire.keys import NodePrivate
 
 __all__ = [
@@ -26,6 +30,8 @@ __all__ = [
 PORT: Final = b"p"  #: label of a connection to the relay's port
 VARIABLE: Final = "DERPER_WORKER"  #: in a worker's environment: its number, and the descriptors of its two sockets
 HTTP_PORT: Final = b"h"  #: the same for its plain HTTP port
+_PLACE: Final = re.compile("[0-9]{1,9}:[0-9]{1,9}:[0-9]{1,9}")
+_SOCKETS: Final = [(socket.AF_UNIX, socket.SOCK_STREAM), (socket.AF_UNIX, socket.SOCK_SEQPACKET)]  # a worker's two
 
 
 def sibling_label(number: int) -> bytes:
@@ -48,12 +54,38 @@ class Place:
 
     @classmethod
     def taken_from(cls, environ: MutableMapping[str, str]) -> Self | None:
-        """What the supervisor left in the environment; None for everybody else.  It is there once."""
+        """What the supervisor left in the environment; None for everybody else.  It is there once.
+
+        Raises `StartError` for what no supervisor writes.
+        """
         text = environ.pop(VARIABLE, "")
+        if text and not _PLACE.fullmatch(text):
+            raise _no_place(text)
         return cls(*map(int, text.split(":"))) if text else None
+
+    def sockets(self) -> tuple[socket.socket, socket.socket]:
+        """The two, which no process that we start inherits.  Raises `StartError` if they are not a supervisor's."""
+        with ExitStack() as stack:
+            try:
+                channel, handover = (
+                    stack.enter_context(socket.socket(fileno=descriptor))
+                    for descriptor in (self.channel, self.handover)
+                )
+            except OSError:
+                raise _no_place(str(self)) from None
+            if [(sock.family, sock.type) for sock in (channel, handover)] != _SOCKETS:
+                raise _no_place(str(self))
+            channel.set_inheritable(False)
+            handover.set_inheritable(False)
+            stack.pop_all()
+        return channel, handover
 
     def __str__(self) -> str:
         return f"{self.number}:{self.channel}:{self.handover}"
+
+
+def _no_place(text: str) -> StartError:
+    return StartError(f"{VARIABLE}={text!r} in the environment is not from a derper that starts its workers; unset it")
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ class WorkerProcess:
                 pass_fds=theirs,
                 start_new_session=True,
             )
-        except OSError:
+        except BaseException:  # we may be told to stop at any moment
             channel.close()
             handover.close()
             raise
@@ -70,7 +70,12 @@ class WorkerProcess:
             if worker.pulse is not None:
                 pulsed(worker)
 
-        worker.channel = await Channel.open(channel, note, respond, worker._lost)
+        try:
+            worker.channel = await Channel.open(channel, note, respond, worker._lost)
+        except BaseException:
+            worker.kill()
+            handover.close()
+            raise
         return worker
 
     @property
@@ -126,6 +131,7 @@ class WorkerProcess:
 
     async def end(self, seconds: float) -> None:
         """Let it end, and make it end if it takes longer."""
+        self._first.cancel()  # nobody waits for it any more
         self.channel.tell(Order.END)
         try:
             async with asyncio.timeout(seconds):

@@ -52,6 +52,7 @@ _ANSWER: Final = 2.0  # seconds
 _SLACK: Final = 8  # connections that a worker may be ahead of another, and a sixteenth of them
 _FULL_PAUSE: Final = 0.01  # seconds
 _DIFFER: Final = 10.0  # seconds that workers may take to read the same files
+_STARTING: Final = 60.0  # seconds that workers may take to read their files, many of them on few cores
 _OPENING: Final = 1.0  # seconds
 _END: Final = 2.0  # seconds to end in
 
@@ -95,7 +96,7 @@ class Supervisor:
                 self._stun = await open_stun(self._config, self._serving)
             for number in range(self._count):
                 await self._spawn(number)
-            await asyncio.gather(*(worker.started() for worker in self._workers.values()))
+            await self._until_all_have_started()
             await self._until_all_are_open()
             self._open_ports()
         except (FileError, CertificateError) as error:
@@ -111,6 +112,15 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         self._keepers = [loop.create_task(self._keep(number)) for number in range(self._count)]
         self._keepers.append(loop.create_task(self._watch()))
+
+    async def _until_all_have_started(self) -> None:
+        """Raises `StartError`."""
+        try:
+            async with asyncio.timeout(_STARTING):
+                await asyncio.gather(*(worker.started() for worker in self._workers.values()))
+        except TimeoutError:
+            hung = next(number for number, worker in self._workers.items() if worker.pulse is None)
+            raise StartError(f"worker {hung} has not started within {_STARTING:g} s; see its messages") from None
 
     async def _until_all_are_open(self) -> None:
         """Let the first clients find all workers, if these have all that they need."""
@@ -169,6 +179,8 @@ class Supervisor:
             why = await worker.ended()  # at once, if there was no starting it
             if sample := self._samples.pop(worker, None):
                 self._retired = total([self._retired, counters_of(sample.published)])
+            if self._draining:
+                return
             self._open_or_close_ports()
             if clock() - since >= _LIVED:
                 retry = _FIRST_RETRY

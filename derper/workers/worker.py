@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import random
 import signal
 import socket
@@ -86,7 +85,8 @@ class _Worker:
         self._config = config
         self._place = place
         self._channel: Channel
-        self._handover = Handover(socket.socket(fileno=place.handover))
+        self._channel_socket, handover = place.sockets()
+        self._handover = Handover(handover)
         self._relay: WorkerRelay | None = None
         self._begin: asyncio.Future[Begin | None] = asyncio.get_running_loop().create_future()
         self._end = asyncio.Event()
@@ -97,8 +97,7 @@ class _Worker:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
-        sock = socket.socket(fileno=self._place.channel)
-        self._channel = await Channel.open(sock, self._note, self._respond, self._orphaned)
+        self._channel = await Channel.open(self._channel_socket, self._note, self._respond, self._orphaned)
         self._handover.receive(self._take)
         begin = await self._begin
         if begin is None:
@@ -199,9 +198,11 @@ class _Worker:
 
 
 async def work(config: Config, place: Place) -> None:
-    """Be this worker until the supervisor says that it is enough, or is gone.  Signals are for the supervisor."""
+    """Be this worker until the supervisor says that it is enough, or is gone.  Signals are for the supervisor.
+
+    Raises `StartError` if there is no supervisor.
+    """
+    worker = _Worker(config, place)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    for descriptor in (place.channel, place.handover):
-        os.set_inheritable(descriptor, False)
-    await _Worker(config, place).run()
+    await worker.run()

@@ -80,6 +80,7 @@ class Node:
         flags = ["-settings", str(root / "settings.json"), "-node", self.name, "-stun-port", "0", "-http-port", "-1"]
         flags += ["-c", str(root / f"{self.name}.derper.key"), "-mesh-psk-file", str(root / "mesh.key")]
         flags += ["-a", f"127.0.0.1:{self.port}", "-metrics-addr", f"127.0.0.1:{self.metrics_port}"]
+        self.flags = flags
         self.relay = Relay(parse_flags(flags, {}, is_root=False), rng=random.Random(number), timings=FAST)
 
     @property

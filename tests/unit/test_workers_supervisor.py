@@ -18,7 +18,7 @@ from derper.workers import supervisor as supervisor_module
 from derper.workers.process import WorkerProcess
 from derper.workers.supervisor import Supervisor
 
-from .loopback import until
+from .loopback import PATIENCE, until
 
 pytestmark = pytest.mark.both_loops
 
@@ -78,3 +78,11 @@ async def test_what_derper_status_says_then(supervisor: Supervisor) -> None:
         "no worker answers",
     ]
     assert lines[-1].split() == ["0", "70", "no", "-", "-", "-", "0"]
+
+
+async def test_no_worker_is_started_anew_while_it_drains(supervisor: Supervisor) -> None:
+    supervisor._workers[0] = Ended()  # type: ignore[assignment]
+    supervisor._draining = True
+    async with asyncio.timeout(PATIENCE):
+        await supervisor._keep(0)
+    assert supervisor._restarts[0] == 0
