@@ -113,9 +113,13 @@ async def apply(cluster: Cluster, region: Region, manifests: Sequence[Object], l
 async def _apply_one(cluster: Cluster, region: Region, manifest: Object, current: Object | None) -> Object:
     if current is None:
         return await cluster.apply(manifest | {"metadata": manifest["metadata"] | {"resourceVersion": _NO_VERSION}})
-    if owned(region, current) and not in_force(manifest, current, names.MANAGER):
+    if _differs(region, manifest, current):
         return await cluster.apply(_pinned(manifest, current))
     return current
+
+
+def _differs(region: Region, manifest: Object, current: Object) -> bool:
+    return owned(region, current) and not in_force(manifest, current, names.MANAGER)
 
 
 def _refused(key: Identity, error: ApiError) -> Finding:
@@ -125,10 +129,24 @@ def _refused(key: Identity, error: ApiError) -> Finding:
 
 async def prune(cluster: Cluster, region: Region, wanted: Iterable[Identity], live: Live) -> None:
     """Delete what the region owns and no longer wants: another exposure, a smaller region, an older release."""
+    for kind, name in _left_over(region, wanted, live):
+        await cluster.delete(kind, region.namespace, name, live[kind, name]["metadata"]["uid"])
+
+
+def _left_over(region: Region, wanted: Iterable[Identity], live: Live) -> list[Identity]:
     keep = frozenset(wanted)
-    for (kind, name), item in sorted(live.items()):
-        if (kind, name) not in keep and owned(region, item) and not item["metadata"].get("deletionTimestamp"):
-            await cluster.delete(kind, region.namespace, name, item["metadata"]["uid"])
+    return [
+        key
+        for key, item in sorted(live.items())
+        if key not in keep and owned(region, item) and not item["metadata"].get("deletionTimestamp")
+    ]
+
+
+def pending(region: Region, manifests: Sequence[Object], live: Live) -> list[Identity]:
+    """What `apply` and `prune` would write now."""
+    wanted = {identity(manifest): manifest for manifest in manifests}
+    differ = [key for key, manifest in wanted.items() if key not in live or _differs(region, manifest, live[key])]
+    return differ + _left_over(region, wanted, live)
 
 
 def _pinned(manifest: Object, live: Mapping[str, Any]) -> Object:

@@ -20,6 +20,7 @@ STALLED: Final = "Stalled"
 ALL_NODES_READY: Final = "AllNodesReady"
 COMPLETE: Final = "Complete"
 AS_EXPECTED: Final = "AsExpected"
+PAUSED: Final = "Paused"
 BLOCKED: Final = "Blocked"
 
 # What must be changed by hand
@@ -51,13 +52,15 @@ _MAX_MESSAGE: Final = 1024
 class Finding:
     """One thing that keeps the region from being as wanted.
 
-    `blocked`: only a human can solve it.  `degraded`: something is broken rather than not there yet.
+    `blocked`: only a human can solve it.  `degraded`: something is broken rather than not there yet.  `note`: the
+    region is as wanted all the same, and people should know.
     """
 
     reason: str
     message: str
     blocked: bool = False
     degraded: bool = False
+    note: bool = False
 
 
 def conditions(
@@ -67,11 +70,12 @@ def conditions(
 
     `previous` are the conditions in the status: the time of a transition changes only with the condition's status.
     """
-    found = list(findings)
+    told = list(findings)
+    found = [finding for finding in told if not finding.note]
     working = [finding for finding in found if not finding.blocked]
     broken = [finding for finding in found if finding.degraded]
     wanted = [
-        _condition(READY, not found, found, ALL_NODES_READY, "All nodes answer and the DERP map is published."),
+        _condition(READY, not found, told, ALL_NODES_READY, "All nodes answer and the DERP map is published."),
         _condition(
             PROGRESSING,
             bool(working),

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from . import events, names
-from .apply import REFUSALS, Applied, apply, identity, prune, taken
+from .apply import REFUSALS, Applied, apply, identity, pending, prune, taken
 from .conditions import READY, Finding
 from .keyring import Maker
 from .kube import ApiError, Cluster, Object
@@ -25,7 +25,7 @@ from .probe import Prober
 from .publish import publish
 from .render import Inputs, children, config_hash, identities
 from .spec import InvalidSpec, Region, parse
-from .status import Status, blocked, findings, health, rejected, status
+from .status import Status, blocked, findings, health, paused, rejected, status
 
 RESYNC: Final = 60.0
 """Seconds until the next look at a region that is fine: relays that stop answering send no event."""
@@ -77,7 +77,9 @@ class Reconciler:
         derpmap = publish(region, planned.published, [item.candidate for item in nodes]) or planned.derpmap
         manifests = children(region, Inputs(self.image, planned.members, planned.ring.data, planned.settings, derpmap))
         refused: Sequence[Finding] = ()
-        if _writable(planned):
+        if region.paused:
+            refused = paused(pending(region, manifests, seen.live) if _writable(planned) else ())
+        elif _writable(planned):
             applied = await self._change(region, seen, manifests)
             refused = list(applied.refused.values())
             if ("Secret", names.keys_secret(region.name)) not in applied.live:

@@ -11,6 +11,7 @@ from typing import Any, Final
 from derper.derpmap import DERPMap
 
 from . import conditions, names
+from .apply import Identity
 from .conditions import Finding, timestamp
 from .observe import Seen, is_ready
 from .plan import Node, Plan
@@ -224,6 +225,14 @@ def rejected(problems: Iterable[str], generation: int, previous: Mapping[str, An
     """The status of a region whose spec cannot be carried out: all else stays as it was."""
     found = [Finding(conditions.INVALID_SPEC, problem, blocked=True) for problem in problems]
     return blocked(found, generation, previous, now)
+
+
+def paused(waiting: Sequence[Identity]) -> list[Finding]:
+    """That nothing is written, and what would be."""
+    text = "The region is paused: the operator changes nothing of it until spec.paused is removed."
+    if not waiting:
+        return [Finding(conditions.PAUSED, f"{text} Nothing waits.", blocked=True, note=True)]
+    return [Finding(conditions.PAUSED, f"{text} Waiting: {', '.join(map(' '.join, waiting))}.", blocked=True)]
 
 
 def blocked(found: Iterable[Finding], generation: int, previous: Mapping[str, Any], now: datetime) -> Status:

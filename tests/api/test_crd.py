@@ -54,6 +54,7 @@ def test_defaults(api: ControlPlane) -> None:
     assert created(api, region())["spec"] == {
         "regionID": 900,
         "replicas": 3,
+        "paused": False,
         "imagePullPolicy": "IfNotPresent",
         "exposure": {"type": "LoadBalancer"},
         "tls": {"hostName": "Generated", "pin": "Auto"},

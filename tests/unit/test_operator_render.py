@@ -26,6 +26,7 @@ KEEPS: list[Spec] = [
     {"clients": {"verifyURLs": ["https://headscale.example.com/verify"], "failOpen": True}},
     {"limits": {"acceptConnectionsPerSecond": 10, "clientBytesPerSecond": 1}},
     {"map": {"latitude": 1.0, "longitude": 2.0, "noMeasureNoHome": True}},
+    {"paused": True},
 ]
 # .. and these are in the pods themselves.
 ROLLS: list[Spec] = [
@@ -78,7 +79,7 @@ def test_the_matrix_names_every_field_of_the_spec() -> None:
     known = set(resource()["spec"]) | {key for change in KEEPS + ROLLS for key in change}
     assert known == {
         "regionID", "regionCode", "regionName", "replicas", "image", "imagePullPolicy", "imagePullSecrets", "exposure",
-        "tls", "clients", "limits", "map", "pod",
+        "tls", "clients", "limits", "map", "pod", "paused",
     }  # fmt: skip
 
 

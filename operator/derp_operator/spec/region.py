@@ -36,6 +36,7 @@ class Region:
     title: str
     replicas: int
     clients: Clients
+    paused: bool = False
     image: str | None = None
     image_pull_policy: str | None = None
     image_pull_secrets: tuple[str, ...] = ()
@@ -72,6 +73,7 @@ def parse(resource: Mapping[str, Any]) -> Region:
         title=str(spec.get("regionName") or spec.get("regionCode") or name),
         replicas=int(spec.get("replicas", MIN_REPLICAS)),
         clients=clients.parse(spec.get("clients") or {}),
+        paused=bool(spec.get("paused", False)),
         image=spec.get("image"),
         image_pull_policy=spec.get("imagePullPolicy"),
         image_pull_secrets=tuple(item["name"] for item in spec.get("imagePullSecrets") or ()),
