@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
-from bench import figures, generator, machine, network, relays, report, scenarios, targets
+from bench import figures, generator, machine, network, raw, relays, report, scenarios, sizing, targets
+from bench.ceilings import EDGE
 from bench.command import exit_status
-from bench.errors import BenchError, SkipError
-from bench.rig import Effort, Known, Rig, Scenario
-from bench.starter import Starter
+from bench.errors import BenchError
+from bench.rig import Known, Scenario
+from bench.run import Run
 
 HERE = Path(__file__).parent
 
@@ -35,12 +33,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="the names of the scenarios, and nothing else")
     parser.add_argument("--noise", action="store_true", help="stock derper against itself: how far ratios stray from 1")
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="where the results go (default: bench/ after a whole full run)"
+        "--output", type=Path, metavar="DIR", help="where the results go (default: bench/, unless --quick or --only)"
     )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the raw figures of a run that was ended: measure what lacks"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        metavar="N",
+        help=f"end after the scenario that runs then, with status {os.EX_TEMPFAIL} if others are left to --resume",
+    )
+    parser.add_argument("--report", action="store_true", help="measure nothing: write the results from the raw figures")
+    parser.add_argument("--sizing", action="store_true", help="measure nothing: write the figures of docs/sizing.md")
     return parser
 
 
-def _bench(arguments: argparse.Namespace) -> None:
+def _bench(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
 
     def step(text: str) -> None:
@@ -53,47 +62,27 @@ def _bench(arguments: argparse.Namespace) -> None:
         raise BenchError(f"nothing to measure: no scenario contains {arguments.only!r}, or --rounds is below 1")
     if arguments.list:
         print("\n".join(scenario.name for scenario in chosen))
-        return
-    run = _prepare(arguments, step)
-    for number in range(rounds):
-        step(f"round {number + 1} of {rounds}")
-        run.rows += _round(number, run, chosen, step)
-    _write(arguments, run, step)
+    elif arguments.sizing:
+        sizing.write(raw.read(HERE / "results.csv").rows, raw.read(HERE / "scale.csv").rows)
+    elif arguments.report:
+        _write(arguments, raw.read(_file(arguments) or HERE / "results.csv"))
+    else:
+        return _measure(arguments, chosen, rounds, step)
+    return 0
 
 
-@dataclass
-class Run:
-    """What stays the same through all rounds, and what they found."""
-
-    builds: tuple[relays.Build, ...]
-    binary: Path
-    cores: machine.Cores
-    effort: Effort
-    tcp: str
-    known: Known = field(default_factory=Known)
-    rows: list[figures.Row] = field(default_factory=list)
-    skipped: dict[str, None] = field(default_factory=dict)
-
-    def rig(self, build: relays.Build, running: relays.Relay) -> Rig:
-        """What a scenario needs to measure one relay."""
-        return Rig(
-            side=build.side,
-            baseline=self.builds[0].side,
-            relay=running,
-            relays=Starter(build, self.cores.relay),
-            generators=functools.partial(generator.generating, self.binary, core=self.cores.generator),
-            cores=(self.cores.relay, self.cores.generator),
-            effort=self.effort,
-            known=self.known,
-        )
-
-    @property
-    def sides(self) -> tuple[str, ...]:
-        """The names of the relays, the baseline first."""
-        return tuple(build.side for build in self.builds)
+def _measure(arguments: argparse.Namespace, chosen: Sequence[Scenario], rounds: int, step: relays.Step) -> int:
+    limit = None if arguments.seconds is None else time.monotonic() + arguments.seconds
+    run = _prepare(arguments, limit, step)
+    if not run.measure(chosen, rounds, step):
+        step("not all is measured: go on with --resume")
+        return os.EX_TEMPFAIL
+    _write(arguments, run.raw)
+    step("done")
+    return 0
 
 
-def _prepare(arguments: argparse.Namespace, step: relays.Step) -> Run:
+def _prepare(arguments: argparse.Namespace, limit: float | None, step: relays.Step) -> Run:
     stock = relays.stock(step)
     if arguments.noise:
         builds: tuple[relays.Build, ...] = (stock, relays.stock(step, side="stock again"))
@@ -105,64 +94,47 @@ def _prepare(arguments: argparse.Namespace, step: relays.Step) -> Run:
     tcp = network.describe(network.enter())
     step(tcp)
     machine.allow_many_files()
+    facts = [
+        f"begun on {time.strftime('%Y-%m-%d')}",
+        f"{'quick' if arguments.quick else 'full'} run, load generator {binary.parent.name}",
+        *(f"{build.side}: {build.version}" for build in builds),
+        *machine.describe(),
+        tcp,
+    ]
+    known, file = Known(_ends_of_searches()), _file(arguments)
+    kept = raw.resume(file, facts) if file and arguments.resume else raw.begin(file, facts)
     effort = scenarios.QUICK_EFFORT if arguments.quick else scenarios.FULL_EFFORT
-    return Run(builds, binary, cores, effort, tcp)
+    return Run(builds, binary, cores, effort, known, kept, limit)
 
 
-def _round(number: int, run: Run, chosen: Sequence[Scenario], step: relays.Step) -> Iterator[figures.Row]:
-    first = number % len(run.builds)
-    order = run.builds if number == 0 else run.builds[first:] + run.builds[:first]
-    with ExitStack() as stack:
-        rigs = [run.rig(build, stack.enter_context(relays.running(build, core=run.cores.relay))) for build in order]
-        for scenario in chosen:
-            if scenario.once and number > 0:
-                continue
-            for rig in rigs:
-                yield from _measured(number, run, scenario, rig, step)
+def _file(arguments: argparse.Namespace) -> Path | None:
+    """Where the raw figures are kept; None for a run that is only to be looked at."""
+    kept = arguments.resume or arguments.report or not (arguments.quick or arguments.only)
+    folder = arguments.output or (HERE if kept else None)
+    return folder / ("noise.csv" if arguments.noise else "results.csv") if folder else None
 
 
-def _measured(number: int, run: Run, scenario: Scenario, rig: Rig, step: relays.Step) -> Iterator[figures.Row]:
-    before = machine.sample(run.cores)
-    try:
-        found = list(scenario.measure(rig))
-    except SkipError as error:
-        run.skipped[f"{scenario.name}: {rig.side} {error}"] = None
-        return
-    foreign = machine.foreign_share(before, machine.sample(run.cores))
-    shown = ", ".join(f"{figure.name} {figure.value:.4g} {figure.unit}".strip() for figure in found)
-    step(f"{scenario.name} | {rig.side}: {shown}")
-    for f in found:
-        yield figures.Row(number, rig.side, scenario.name, f.name, f.value, f.unit, f.better, f.note, foreign)
+def _ends_of_searches() -> list[figures.Row]:
+    """Where searches ended in the run before: to begin there saves time, and does not change where they end."""
+    file = HERE / "results.csv"
+    return [row for row in raw.read(file).rows if row.figure == EDGE] if file.exists() else []
 
 
-def _write(arguments: argparse.Namespace, run: Run, step: relays.Step) -> None:
-    folder = arguments.output or (None if arguments.quick or arguments.only else HERE)
+def _write(arguments: argparse.Namespace, found: raw.Raw) -> None:
     known = {} if arguments.noise else _known_noise()
-    comparisons = figures.compare(run.rows, run.sides)
-    print("\n" + report.table(comparisons, run.sides, known) + "\n")
-    if not arguments.noise:
-        print(targets.table(targets.judge(comparisons)) + "\n")
-    print("".join(f"left out: {line}\n" for line in run.skipped))
-    if folder is None:
+    comparisons = figures.compare(found.rows, found.sides)
+    print("\n" + report.table(comparisons, found.sides, known) + "\n")
+    if arguments.noise:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ("noise.csv" if arguments.noise else "results.csv")).write_text(figures.to_csv(run.rows))
-    if not arguments.noise:
-        facts = [
-            f"{time.strftime('%Y-%m-%d')}, {'quick' if arguments.quick else 'full'} run",
-            *(f"{build.side}: {build.version}" for build in run.builds),
-            *machine.describe(),
-            run.tcp,
-            report.quiet(run.rows),
-        ]
-        text = report.results(run.rows, run.sides, facts, list(run.skipped), known)
-        (folder / "RESULTS.md").write_text(text)
-    step(f"written to {folder.name}/")
+    print(targets.table(targets.judge(comparisons)) + "\n")
+    if found.path:
+        facts = [*found.facts, report.quiet(found.rows)]
+        found.path.with_name("RESULTS.md").write_text(report.results(found.rows, found.sides, facts, known))
 
 
 def _known_noise() -> figures.Noise:
     file = HERE / "noise.csv"
-    return figures.noise_of(figures.from_csv(file.read_text())) if file.exists() else {}
+    return figures.noise_of(raw.read(file).rows) if file.exists() else {}
 
 
 if __name__ == "__main__":

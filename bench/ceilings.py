@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Final
 
 from bench.errors import BenchError
-from bench.generator import Paced, Shape
-from bench.rig import Field, Figure, Flows, Rig, Run, Scenario, on_one_relay
+from bench.figures import CEILING, GENERATOR_BOUND, OFFERED_AT_3X
+from bench.rig import Field, Figure, Load, Rig, Run, Scenario, on_one_relay
 from bench.search import Search
 
+EDGE: Final = "searched up to"
 HOPELESS_LOSS = 0.05
 MESH_LIMIT = 10.0
 
@@ -20,15 +22,13 @@ MESH_LIMIT = 10.0
 class Ceiling(Scenario):
     """The highest rate with at most 1 % loss. `beyond` adds the latency below it and what happens above."""
 
-    size: int
-    flows: Flows
-    shape: Shape
+    load: Load
     beyond: bool = False
 
     @property
     def name(self) -> str:
         """For example `1300 B, 10 pairs, 1x8`."""
-        return f"{self.size} B, {self.flows.name}, {self.shape}"
+        return str(self.load)
 
     def measure(self, rig: Rig) -> Iterator[Figure]:
         """The ceiling, CPU and latency at it, and what else is asked for."""
@@ -36,46 +36,50 @@ class Ceiling(Scenario):
             yield from self._search(rig, field)
 
     def _field(self, rig: Rig) -> AbstractContextManager[Field]:
-        return on_one_relay(rig, self.flows.senders + self.flows.receivers)
+        return on_one_relay(rig, self.load.clients)
 
     def _search(self, rig: Rig, field: Field) -> Iterator[Figure]:
-        lattice, here = rig.effort.lattice, (rig.side, self.name)
+        lattice = rig.effort.lattice
         search = Search(
-            attempt=lambda k: field.run(self._at(lattice.rate(k)), seconds=rig.effort.window),
+            attempt=lambda k: field.run(self.load.at(lattice.rate(k)), seconds=rig.effort.window),
             passes=lambda tried: tried.loss_free,
             hopeless=lambda tried: tried.result.loss > HOPELESS_LOSS or not tried.offered,
         )
-        hint = rig.known.hint(*here)
-        found = search.highest(lattice.top, lattice.top // 2 if hint is None else hint)
+        found = search.highest(lattice.top, self._start(rig))
+        yield Figure(EDGE, lattice.rate(found.edge) / 1e3, "kpps")
         if found.best is None or found.passed is None:
-            yield Figure("loss-free ceiling", 0, "kpps", "more", f"loses packets at {lattice.base:.0f}/s")
+            yield Figure(CEILING, 0, "kpps", "more", f"loses packets at {lattice.base:.0f}/s")
             return
         rate = found.passed.result.delivered_rate
-        rig.known.hints[here], rig.known.ceilings[here] = found.best, rate
-        yield Figure("loss-free ceiling", rate / 1e3, "kpps", "more", _limit(found.failed))
+        yield Figure(CEILING, rate / 1e3, "kpps", "more", _limit(found.failed))
         yield Figure("generator busy at the ceiling", 100 * found.passed.result.busy, "%")
         yield Figure("CPU per packet at the ceiling", found.passed.microseconds_per_packet, "us", "less")
         if self.beyond:
+            baselines = rate if rig.side == rig.baseline else rig.baselines_ceiling(self.load) or rate
             yield from self._below(field, "at 80 % of the ceiling", 0.8 * rate)
-            yield from self._below(field, f"at {rig.baseline}'s ceiling", rig.baselines_ceiling(self.name) or rate)
+            yield from self._below(field, f"at {rig.baseline}'s ceiling", baselines)
             yield from self._overload(field, rate)
 
+    def _start(self, rig: Rig) -> int:
+        """Where this search ended the last time, or where that relay's last search of all did."""
+        ended = rig.known.value(rig.side, self.name, EDGE) or rig.known.latest(rig.side, EDGE)
+        lattice = rig.effort.lattice
+        return lattice.top // 2 if ended is None else lattice.index(ended * 1e3)
+
     def _below(self, field: Field, where: str, rate: float) -> Iterator[Figure]:
-        run = field.run(self._at(rate))
+        run = field.run_calmly(self.load.at(rate))
         note = "" if run.loss_free else run.limit or f"{run.result.loss:.1%} lost"
         yield Figure(f"p99 latency {where}", run.result.latency.p99, "us", "less", note)
         yield Figure(f"unread for at most, p99 {where}", run.result.unread.p99, "us")
 
     def _overload(self, field: Field, ceiling: float) -> Iterator[Figure]:
-        over = field.run(self._at(3 * ceiling)).result
-        multiple = over.offered / over.seconds / ceiling
-        note = "" if multiple > 2.7 else f"generator-bound: {multiple:.1f}x was offered"
+        over = field.run(self.load.at(3 * ceiling)).result
+        offered = over.offered / over.seconds
+        note = "" if offered > 2.7 * ceiling else GENERATOR_BOUND
+        yield Figure(OFFERED_AT_3X, offered / 1e3, "kpps")
         yield Figure("delivered at 3x, of the ceiling", over.delivered_rate / ceiling, "", "more", note)
         yield Figure("p99 latency at 3x", over.latency.p99, "us", "less", note)
         yield Figure("slowest pair to mean at 3x", over.slowest_to_mean, "", "more", note)
-
-    def _at(self, rate: float) -> Paced:
-        return Paced(self.flows.flows, self.shape, self.size, rate)
 
 
 @dataclass(frozen=True)
@@ -97,10 +101,10 @@ class AcrossMesh(Ceiling):
     @contextmanager
     def _across(self, rig: Rig) -> Iterator[Field]:
         with rig.relays.meshed() as (first, second), rig.generators() as generator:
-            generator.open(first, self.flows.senders)
-            generator.open(second, self.flows.receivers)
+            generator.open(first, self.load.flows.senders)
+            generator.open(second, self.load.flows.receivers)
             field = Field(generator, [first, second], rig.effort)
-            until_reached(lambda: field.run(self._at(1e3), seconds=rig.effort.window))
+            until_reached(lambda: field.run(self.load.at(1e3), seconds=rig.effort.window))
             yield field
 
 

@@ -11,14 +11,16 @@ from bench.errors import BenchError
 __all__ = ["exit_status"]
 
 
-def exit_status(name: str, work: Callable[[], None]) -> int:
-    """Does the work; a BenchError becomes one line that begins with `name`. Cleans up on SIGTERM and Ctrl-C, too."""
+def exit_status(name: str, work: Callable[[], int | None]) -> int:
+    """Does the work, which may return a status; a BenchError becomes one line that begins with `name`.
+
+    Cleans up on SIGTERM and Ctrl-C, too.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        work()
+        return work() or 0
     except BenchError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0

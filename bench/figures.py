@@ -7,9 +7,16 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from statistics import median
+from typing import Final
 
 Noise = dict[tuple[str, str], float]
 """By scenario and figure: the ratio that stock derper reached against itself."""
+CEILING: Final = "loss-free ceiling"
+OFFERED_AT_3X: Final = "offered at 3x"
+GENERATOR_BOUND: Final = "generator-bound"
+"""The beginning of a note on a figure that the generator limited, not the relay."""
+LEFT_OUT: Final = "left out"
+"""The figure of a row that stands for a scenario which a relay cannot do; its note says why."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,8 @@ def compare(rows: Iterable[Row], sides: Sequence[str]) -> list[Comparison]:
     """One comparison per scenario and figure, in the order of the rows."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.scenario, row.figure), []).append(row)
+        if row.figure != LEFT_OUT:
+            groups.setdefault((row.scenario, row.figure), []).append(row)
     found = []
     for (scenario, figure), group in groups.items():
         by_side = {side: [row for row in group if row.side == side] for side in sides}
@@ -86,18 +94,24 @@ def noise_of(rows: Iterable[Row]) -> Noise:
     return {(scenario, figure): ratio for scenario, figure, ratio in ratios if ratio is not None}
 
 
-def to_csv(rows: Iterable[Row]) -> str:
-    """The raw figures, one per line."""
+def left_out(rows: Iterable[Row]) -> list[str]:
+    """What could not be measured, and why."""
+    return list(dict.fromkeys(f"{row.scenario}: {row.side} {row.note}" for row in rows if row.figure == LEFT_OUT))
+
+
+def to_csv(rows: Iterable[Row], *, head: bool = True) -> str:
+    """The raw figures, one per line, below the names of their columns."""
     out = io.StringIO()
     writer = csv.DictWriter(out, [field.name for field in fields(Row)], lineterminator="\n")
-    writer.writeheader()
+    if head:
+        writer.writeheader()
     for row in rows:
         writer.writerow({**asdict(row), "value": f"{row.value:.6g}", "foreign": f"{row.foreign:.4f}"})
     return out.getvalue()
 
 
 def from_csv(text: str) -> list[Row]:
-    """The rows of `to_csv`. Raises KeyError or ValueError for another table."""
+    """The rows of `to_csv`. Raises KeyError, TypeError or ValueError for another table."""
     return [
         Row(
             round=int(line["round"]),

@@ -10,12 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from bench.errors import BenchError, SkipError
-from bench.generator import Paced, PingPong, Shape
+from bench.generator import Paced, PingPong
 from bench.relays import Relay
-from bench.rig import Figure, Flows, Rig, Scenario, on_one_relay, paired
+from bench.rig import HALF_LOAD, Figure, Load, Rig, Scenario, on_one_relay
 
-HALF_LOAD = 50e3
-"""Packets per second beside the ping-pong while the baseline's ceiling is not known."""
 SCRAPE_SECONDS = 1.0
 SCRAPED_SECONDS = 3.5
 
@@ -24,20 +22,18 @@ SCRAPED_SECONDS = 3.5
 class FixedRate(Scenario):
     """CPU time and latency at a rate that every relay carries."""
 
-    size: int
-    flows: Flows
-    shape: Shape
+    load: Load
     rate: float
 
     @property
     def name(self) -> str:
         """For example `1300 B, 10 pairs, 1x1 at 10 kpps`."""
-        return f"{self.size} B, {self.flows.name}, {self.shape} at {self.rate / 1e3:.0f} kpps"
+        return f"{self.load} at {self.rate / 1e3:.0f} kpps"
 
     def measure(self, rig: Rig) -> Iterator[Figure]:
         """CPU per packet, latency, loss."""
-        with on_one_relay(rig, self.flows.senders + self.flows.receivers) as field:
-            done = field.run(Paced(self.flows.flows, self.shape, self.size, self.rate))
+        with on_one_relay(rig, self.load.clients) as field:
+            done = field.run_calmly(self.load.at(self.rate))
         note = "" if done.loss_free else done.limit or f"{done.result.loss:.1%} lost"
         yield Figure("CPU per packet", done.microseconds_per_packet, "us", "less", note)
         yield Figure("p50 latency", done.result.latency.p50, "us", "less", note)
@@ -48,14 +44,12 @@ class FixedRate(Scenario):
 class RoundTrips(Scenario):
     """Ping-pong: the time there and back through the relay, one packet under way per pair.
 
-    `beside` names the scenario whose flows run at half of the baseline's ceiling meanwhile, between other clients: the
-    same load for every relay.
+    `beside` runs meanwhile between other clients at half of the baseline's ceiling: the same for every relay.
     """
 
     pairs: int
     size: int = 100
-    beside: Paced | None = None
-    of: str = ""
+    beside: Load | None = None
 
     @property
     def name(self) -> str:
@@ -64,17 +58,16 @@ class RoundTrips(Scenario):
 
     def measure(self, rig: Rig) -> Iterator[Figure]:
         """Median and tail of the round trip."""
-        busy = len(self.beside.flows) * 2 if self.beside else 0
+        busy = self.beside.clients if self.beside else 0
         with on_one_relay(rig, busy + 2 * self.pairs) as field:
-            run = field.run(*self._loads(rig, busy))
+            run = field.run_calmly(*self._loads(rig, busy))
         note = f"beside {run.wanted / 1e3:.0f} kpps" if self.beside else ""
         yield Figure("p50 round trip", run.result.rtt.p50, "us", "less", note)
         yield Figure("p99 round trip", run.result.rtt.p99, "us", "less", note)
 
     def _loads(self, rig: Rig, busy: int) -> Iterator[Paced | PingPong]:
         if self.beside:
-            rate = (rig.baselines_ceiling(self.of) or 2 * HALF_LOAD) / 2
-            yield Paced(self.beside.flows, self.beside.shape, self.beside.size, rate)
+            yield self.beside.at((rig.baselines_ceiling(self.beside) or 2 * HALF_LOAD) / 2)
         yield PingPong([(busy + i, busy + self.pairs + i) for i in range(self.pairs)], self.size)
 
 
@@ -82,23 +75,19 @@ class RoundTrips(Scenario):
 class Scraped(Scenario):
     """What it costs to read the metrics each second, while packets flow at 80 % of the relay's ceiling."""
 
-    size: int
-    pairs: int
-    shape: Shape
-    of: str
+    load: Load
 
     @property
     def name(self) -> str:
         """For example `metrics scraped each second, 1300 B, 10 pairs, 1x8`."""
-        return f"metrics scraped each second, {self.of}"
+        return f"metrics scraped each second, {self.load}"
 
     def measure(self, rig: Rig) -> Iterator[Figure]:
         """CPU and tail latency with scrapes, as multiples of those without."""
         if not rig.relay.metrics_url:
             raise SkipError("has no metrics")
-        flows = paired(self.pairs)
-        load = Paced(flows.flows, self.shape, self.size, 0.8 * (rig.ceiling(self.of) or HALF_LOAD))
-        with on_one_relay(rig, 2 * self.pairs) as field:
+        load = self.load.at(0.8 * (rig.ceiling(self.load) or HALF_LOAD))
+        with on_one_relay(rig, self.load.clients) as field:
             plain = field.run(load, seconds=SCRAPED_SECONDS)
             with scraping(rig.relay):
                 scraped = field.run(load, seconds=SCRAPED_SECONDS)

@@ -59,12 +59,20 @@ def describe() -> list[str]:
 
 def cpu_seconds(pid: int) -> float:
     """CPU time so far of a process and its living children, from the scheduler (/proc/PID/stat counts 10 ms ticks)."""
-    nanoseconds = 0
+    return sum(ran for ran, _waited in _scheduled(pid)) / 1e9
+
+
+def waiting_seconds(pid: int) -> float:
+    """Time so far in which threads of a process and of its children could have run, but others had their core."""
+    return sum(waited for _ran, waited in _scheduled(pid)) / 1e9
+
+
+def _scheduled(pid: int) -> Iterator[tuple[int, int]]:
     for process in family(pid):
         with suppress(OSError):  # threads and children may end meanwhile
             for thread in (PROC / str(process) / "task").iterdir():
-                nanoseconds += int((thread / "schedstat").read_text().split()[0])
-    return nanoseconds / 1e9
+                ran, waited, _slices = (thread / "schedstat").read_text().split()
+                yield int(ran), int(waited)
 
 
 def resident_bytes(pid: int) -> int:

@@ -214,8 +214,12 @@ def _go_version(binary: Path) -> str:
 
 
 def _commit() -> str:
+    """The last commit that changed the relay, whatever else has changed: results of the benchmark, say."""
+    git, measured = ("git", "-C", str(HERE.parent)), ("--", "derper", "requirements.txt")
     with suppress(OSError, subprocess.CalledProcessError):
-        return ", commit " + _output("git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*")
+        commit = _output(*git, "log", "-1", "--format=%h", *measured)
+        changed = _output(*git, "status", "--porcelain", "--untracked-files=no", *measured)
+        return f", commit {commit}{'-dirty' * bool(changed)}"
     return ""
 
 

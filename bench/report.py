@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 
 from bench import targets
-from bench.figures import Comparison, Noise, Row, Side, compare, line, number
+from bench.figures import Comparison, Noise, Row, Side, compare, left_out, line, number
 
 HOW = """\
-Written by `python -m bench` from the raw figures in results.csv. {rounds} rounds; in each, every scenario runs on all
-relays in turn, and the next round begins with another one. Cells are medians (lowest - highest of the rounds).
+Written by `python -m bench` from the raw figures in results.csv. {rounds}; in each, every scenario runs on all relays
+in turn, and the next round begins with another one. `limit` runs once where no target speaks of it, and all relays run
+once with as many idle clients as fit. Cells are medians (lowest - highest of the rounds).
 
 Each relay is alone on one core while it is measured, the load generator on the other. Loads are named FxR: bursts of R
 writes with F frames each; a stock client writes one frame at a time. The loss-free ceiling is the highest offered rate
@@ -22,7 +23,13 @@ out.
 CPU per packet is what the kernel charges to the relay, the loopback network included. `generator-bound` means that the
 relay could do more: the kernel's part of a write alone keeps a core from more than some 430,000 writes per second.
 Latencies go from just before a packet's write to the return of the recv that had it. `unread` is the part that packets
-may have waited for the generator to look, at most. Across the mesh both relays share the relays' core.
+may have waited for the generator to look, at most. A window for latencies is repeated, up to four times, while other
+processes keep relay or generator from their cores for more than 1 % of it, as the kernel tells; the calmest one counts.
+Across the mesh both relays share the relays' core.
+
+`Two workers` and the generator share both cores. `Twice the clients` is what can be seen of two workers beside a
+generator: with twice the clients and twice the packets of one worker, what each client, login and packet costs, and how
+evenly the clients are spread. If the costs are those of one worker, two workers on two free cores carry twice as much.
 """
 NOISE = """
 `same relay twice` is the ratio of stock derper to itself by the same method: the noise of a figure.
@@ -46,22 +53,24 @@ def table(comparisons: Sequence[Comparison], sides: Sequence[str], noise: Noise)
     return "\n".join(lines)
 
 
-def results(
-    rows: Sequence[Row], sides: Sequence[str], facts: Sequence[str], skipped: Sequence[str], noise: Noise
-) -> str:
+def results(rows: Sequence[Row], sides: Sequence[str], facts: Sequence[str], noise: Noise) -> str:
     """The whole RESULTS.md."""
-    comparisons = compare(rows, sides)
-    rounds = 1 + max((row.round for row in rows), default=-1)
+    comparisons, skipped = compare(rows, sides), left_out(rows)
     parts = [
         "# Benchmark results",
         "\n".join(f"- {fact}" for fact in facts),
-        HOW.format(rounds=rounds) + (NOISE if noise else ""),
+        HOW.format(rounds=_rounds(rows)) + (NOISE if noise else ""),
         f"## Targets\n\n{targets.table(targets.judge(comparisons))}",
         f"## All figures\n\n{table(comparisons, sides, noise)}",
     ]
     if skipped:
-        parts.append("## Left out\n\n" + "\n".join(f"- {line}" for line in skipped))
+        parts.append("## Left out\n\n" + "\n".join(f"- {reason}" for reason in skipped))
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _rounds(rows: Iterable[Row]) -> str:
+    count = 1 + max((row.round for row in rows), default=-1)
+    return f"{count} round{'s' * (count != 1)}"
 
 
 def quiet(rows: Iterable[Row]) -> str:

@@ -30,11 +30,19 @@ class Lattice:
         """Packets per second at index k."""
         return self.base * self.step**k
 
+    def index(self, rate: float) -> int:
+        """The index whose rate is next to this one."""
+        return round(math.log(rate / self.base, self.step))
+
 
 @dataclass(frozen=True)
 class Found(Generic[T]):
-    """The highest index that passed with its result, and what the next one above gave; None where there is none."""
+    """The highest index that passed with its result, and what the next one above gave; None where there is none.
 
+    `edge` is the lowest hopeless index: the best start for the same search another time.
+    """
+
+    edge: int
     best: int | None
     passed: T | None
     failed: T | None
@@ -58,14 +66,14 @@ class Search(Generic[T]):
         self._results: dict[int, list[T]] = {}
 
     def highest(self, top: int, start: int) -> Found[T]:
-        """The highest of 0 .. top that passes; `start` is a guess at it."""
+        """The highest of 0 .. top that passes; `start` is a guess at the lowest that is hopeless."""
         edge = self._lowest_hopeless(top, start)
         for even in [*range(edge, 0, -2), 0]:
             if self._passing(even) is None:
                 continue
             k = even + 1 if even < edge and self._passing(even + 1) is not None else even
-            return Found(k, self._passing(k), self._last(k + 1))
-        return Found(None, None, self._last(0))
+            return Found(edge, k, self._passing(k), self._last(k + 1))
+        return Found(edge, None, None, self._last(0))
 
     def _lowest_hopeless(self, top: int, start: int) -> int:
         """The lowest index that was hopeless twice, or `top` if there is none."""

@@ -19,7 +19,7 @@ from bench import figures, generator, machine, relays, report, targets
 from bench.errors import BenchError
 from bench.generator import Paced, PingPong, Shape
 from bench.scenarios import full, pairs, quick
-from bench.search import Lattice, Search
+from bench.search import Found, Lattice, Search
 from derper import certs
 
 SERVER_KEY = bytes(range(32))
@@ -63,6 +63,29 @@ def test_search_reports_the_attempt_that_passed_not_the_one_before() -> None:
     assert (found.best, found.passed, found.failed) == (0, 0.5, 9.0)
 
 
+def test_search_that_begins_where_it_ended_is_short() -> None:
+    attempts: list[int] = []
+
+    def attempt(k: int) -> int:
+        attempts.append(k)
+        return k
+
+    def found(start: int) -> Found[int]:
+        attempts.clear()
+        return Search(attempt, passes=lambda k: k <= 40, hopeless=lambda k: k > 45).highest(99, start)
+
+    far = found(10)
+    tried = len(attempts)
+    assert found(far.edge) == far
+    assert far.edge == 46
+    assert len(attempts) <= tried / 2
+
+
+def test_lattice_finds_the_index_of_a_rate_that_was_rounded() -> None:
+    lattice = Lattice(base=10e3, step=1.03, limit=4e6)
+    assert [lattice.index(float(f"{lattice.rate(k):.6g}")) for k in range(lattice.top + 1)] == [*range(lattice.top + 1)]
+
+
 def test_lattice_stays_within_its_limit() -> None:
     lattice = Lattice(base=10e3, step=1.05, limit=2e6)
     assert lattice.rate(0) == 10e3
@@ -103,7 +126,8 @@ def test_rows_survive_the_raw_file() -> None:
 
 def test_results_show_medians_ratios_noise_facts_and_gaps() -> None:
     noise = figures.noise_of([_row(0, "stock", 100), _row(0, "stock again", 97)])
-    text = report.results(ROWS, SIDES, ["a machine"], ["workers: limit has none"], noise)
+    rows = [*ROWS, figures.Row(0, "limit", "workers", figures.LEFT_OUT, 0, "", "", "has none", 0)]
+    text = report.results(rows, SIDES, ["a machine"], noise)
     assert "- a machine\n" in text
     row = (
         "| 100 (90.0 - 130) | 250 (200 - 260) | 500 (500 - 500) | **2.50** | **0.50** | 0.97 | ours: generator-bound |"
@@ -166,6 +190,23 @@ def test_a_ratio_to_a_relay_that_the_generator_limits_says_nothing() -> None:
 
 def test_an_overload_that_was_not_offered_proves_nothing() -> None:
     assert _bound("p99 latency at 3x", "ours", stock=70e3, ours=1e3) == {"at most 25000": "generator-bound"}
+
+
+@pytest.mark.parametrize(("latency", "words"), [(1e3, "kept"), (30e3, "not kept")])
+def test_an_overload_that_was_not_offered_says_how_far_it_went(latency: float, words: str) -> None:
+    scenario = targets.TARGETS[0].scenario
+    rows = [
+        figures.Row(0, "ours", scenario, "loss-free ceiling", 400, "kpps", "more", "", 0),
+        figures.Row(0, "ours", scenario, figures.OFFERED_AT_3X, 450, "kpps", "", "", 0),
+        figures.Row(0, "ours", scenario, "p99 latency at 3x", latency, "us", "less", figures.GENERATOR_BOUND, 0),
+    ]
+    table = targets.table(targets.judge(figures.compare(rows, SIDES)))
+    assert f"| **limited by the generator**: offered 450 of 1200 kpps; there the bound is {words} |" in table
+
+
+def test_the_yardstick_is_needed_where_a_target_speaks_of_it() -> None:
+    assert targets.needs_yardstick("1300 B, 10 pairs, 1x8")
+    assert not targets.needs_yardstick("1300 B, 100 pairs, 1x8")
 
 
 def test_what_was_not_measured_is_counted_and_not_shown() -> None:
