@@ -20,6 +20,7 @@ from .wire.keys import KeyFormatError, MeshKey, MeshKeys, NodePrivate
 
 __all__ = [
     "FileError",
+    "PartlyUsable",
     "Watched",
     "load_key",
     "load_mesh_keys",
@@ -38,6 +39,10 @@ _MOST_MOVES: Final = 8  # looks in a row at which files may differ
 
 class FileError(Exception):
     """A file cannot be used.  The message is one sentence: which file, what is wrong."""
+
+
+class PartlyUsable(FileError):  # noqa: N818 - it says what it is
+    """What can be used is in force; the message says what cannot."""
 
 
 _BAD = (FileError, ValueError, OSError)  # the errors of keys, certificates and lists are ValueErrors
@@ -62,6 +67,7 @@ class Watched(Generic[_T]):
         self._moves = 0
         self.settling = False  #: they are just being changed: look again soon
         self.problem: str | None = None  #: why the newest version is not in force
+        self.partly = False  #: but the rest of it is
         self.loads = 0
         self.failures = 0
 
@@ -100,6 +106,7 @@ class Watched(Generic[_T]):
     def _attempt(self, look: _Look, at_once: bool) -> str | None:
         """Load and apply; what is wrong, if anything is.  Sets `settling` if the files changed meanwhile."""
         problem, value = None, None
+        self.partly = False
         try:
             value = self._load()
         except _BAD as error:
@@ -112,6 +119,7 @@ class Watched(Generic[_T]):
                 self._apply(cast(_T, value))
         except _BAD as error:
             problem = error
+            self.partly = isinstance(error, PartlyUsable)
         return None if problem is None else f"{self.what}: {_sentence(problem)}"
 
 

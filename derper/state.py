@@ -21,7 +21,7 @@ from . import files
 from .certs import CertificateError, CertificatePair, check, pin
 from .client import Endpoint
 from .config import Config
-from .files import FileError, Watched
+from .files import FileError, PartlyUsable, Watched
 from .net.mesh import Peer
 from .net.tailscaled import default_socket
 from .net.tls import check_usable
@@ -84,14 +84,17 @@ class RelayState:
             if not watched.poll(at_once=at_once):
                 continue
             if watched.problem is None:
-                new.append(watched.what)
                 log.info("%s: read", watched.what)
+            elif watched.partly:
+                log.warning("%s; the others are in force", watched.problem.rstrip("."))
             else:
                 log.warning(
                     "%s; %s",
                     watched.problem.rstrip("."),
                     "the old one stays in force" if watched.loads else "waiting for it",
                 )
+                continue
+            new.append(watched.what)
         return new
 
     @property
@@ -236,10 +239,9 @@ class RelayState:
                 f"there is none for {host}: put {host}.crt and {host}.key into -certdir {self.config.cert_dir},"
                 " or use an IP address as -hostname, for which a self-signed one is made"
             ) from error
-        now = self._now()
         for stem, pair in zip(self._stems(), pairs, strict=True):
-            name = "" if self.config.settings else self.config.hostname
-            check(pair.leaf, now=now, name=name, source=f"{stem}.crt")
+            if not self.config.settings:
+                check(pair.leaf, now=self._now(), name=self.config.hostname, source=f"{stem}.crt")
             check_usable(pair, f"{stem}.crt")
         return pairs
 
@@ -294,7 +296,19 @@ class RelayState:
     def _set_pairs(self, pairs: tuple[CertificatePair, ...]) -> None:
         if not pairs and self.pairs:
             raise CertificateError("the settings name no certificate for this node")
-        self.pairs = pairs
+        problems, valid = [], []
+        for stem, pair in zip(self._stems(), pairs, strict=True):
+            try:
+                check(pair.leaf, now=self._now(), source=f"{stem}.crt")
+            except CertificateError as error:
+                problems.append(error)
+            else:
+                valid.append(pair)
+        if problems and not valid:
+            raise problems[0]
+        self.pairs = tuple(valid)
+        if problems:  # an old one that expires beside its successor must not keep that from being served
+            raise PartlyUsable(str(problems[0]))
 
     def _set_limits(self, limits: Limits) -> None:
         self.limits = limits

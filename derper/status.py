@@ -38,6 +38,7 @@ def collect(relay: Relay) -> dict[str, Any]:
         "listen": _listen(relay),
         "certificates": _certificates(relay),
         "mesh": _mesh(relay),
+        "meshKeys": _mesh_keys(relay),
         "clients": sum(not session.can_mesh for session in relay.hub.router.active.values()) if relay.hub else 0,
         "connections": _connections(relay),
         "queues": _queues(relay),
@@ -124,6 +125,14 @@ def _mesh(relay: Relay) -> dict[str, Any]:
         }
         for name, link in sorted(links.items())
     }
+
+
+def _mesh_keys(relay: Relay) -> dict[str, Any] | None:
+    """Fingerprints of the mesh keys in force: whoever rotates them sees how far each relay is."""
+    keys = relay.hub.mesh_keys if relay.hub is not None else None
+    if keys is None:
+        return None
+    return {"current": keys.current.fingerprint(), "accepted": [key.fingerprint() for key in keys.accepted]}
 
 
 def _connections(relay: Relay) -> dict[str, int]:

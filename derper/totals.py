@@ -134,21 +134,28 @@ def _mean(values: Sequence[float]) -> float:
 
 # -- the status
 
+_READ_BY_EACH: Final = ("settings", "certificates", "meshKeys")
 _OF_A_PROCESS: Final = ("since", "cpuSeconds", "residentBytes", "openFiles")
 
 
 def total_status(answers: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The status of the whole relay.  The supervisor's answer has its workers; each worker's says which it is.
 
-    If no worker answers, only what the supervisor knows is there.
+    If no worker answers, only what the supervisor knows is there.  `settings` is None while it cannot be said that all
+    workers have read the same, `meshKeys` is what holds for each of them, `certificates` are those that any serves.
     """
     own, parts = answers[0], answers[1:]
     if "workers" not in own:  # there is one process
         return own
     if not parts:
         return {**own, "workers": _workers(own["workers"], [])}
+    whole = len(parts) == len(own["workers"])
+    agree = whole and all(part[name] == parts[0][name] for part in parts for name in _READ_BY_EACH)
     return {
         **{name: value for name, value in parts[0].items() if name != "worker"},
+        "settings": parts[0]["settings"] if agree else None,
+        "certificates": list({item["certName"]: item for part in parts for item in part["certificates"]}.values()),
+        "meshKeys": _mesh_keys([part["meshKeys"] for part in parts]) if whole else None,
         "listen": _listen([own["listen"], *(part["listen"] for part in parts)]),
         "mesh": _mesh([part["mesh"] for part in parts]),
         "clients": sum(part["clients"] for part in parts),
@@ -191,6 +198,16 @@ def _mesh(parts: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[st
             "error": next((link["error"] for link in links if link["error"]), None),
         }
     return found
+
+
+def _mesh_keys(parts: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """What every worker accepts, and what all present, None if that is not one key."""
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    current = known[0]["current"] if len({part["current"] for part in known}) == 1 else None
+    everywhere = [key for key in known[0]["accepted"] if all(key in part["accepted"] for part in known)]
+    return {"current": current, "accepted": everywhere}
 
 
 def _queues(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ random bytes, written as 64 hexadecimal digits without a prefix.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import json
 from dataclasses import dataclass
@@ -180,6 +181,10 @@ class MeshKey:
     def secret_text(self) -> str:
         """64 lower-case hexadecimal digits.  Never log it."""
         return self._raw.hex()
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that tell keys apart and nothing about them: a part of their SHA-256."""
+        return hashlib.sha256(b"derper mesh key\n" + self._raw).hexdigest()[:16]
 
     def __eq__(self, other: object) -> bool:
         """Constant-time comparison."""

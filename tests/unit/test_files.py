@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import stat
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -523,6 +523,38 @@ def test_the_key_list(pod: Pod) -> None:
     pod.settings("r-0")
     assert pod.poll() == ["settings", "key list"]
     assert not pod.state.policy().admits_at_once(private(9).public)
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (NOW - timedelta(days=366), "expired on"),
+        (NOW + timedelta(days=9), "is not valid before"),
+    ],
+)
+def test_a_certificate_that_is_not_valid_now_does_not_keep_others_from_being_served(
+    pod: Pod, made: datetime, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pod.everything()
+    other = certs.self_signed(["r-0-g2.internal"], now=made)
+    replace_file(pod.root / "g2.crt", other.cert_pem)
+    replace_file(pod.root / "g2.key", other.key_pem)
+    pod.settings("r-0")
+    entry = json.loads((pod.root / "settings.json").read_text())
+    entry["nodes"]["r-0"]["certificates"] = [str(pod.root / "g2"), str(pod.root / "r-0")]
+    replace_file(pod.root / "settings.json", json.dumps(entry))
+    assert "certificates" in pod.poll()
+    served = pod.state.pairs
+    assert [certs.names(pair.leaf) for pair in served] == [("r-0.internal",)]
+    (problem,) = pod.state.problems
+    assert problem.startswith(f"certificates: {pod.root}/g2.crt {words} ")
+    assert not pod.state.missing
+    assert caplog.text.count("; the others are in force") == 1
+    assert not pod.poll(), "told once"
+    assert pod.state.pairs == served
+    pod.state._now = lambda: made
+    pod.poll()
+    assert len(pod.state.pairs) == 1 + (made > NOW), "tried again and again"
 
 
 def test_certificates_come_and_change_but_do_not_go(pod: Pod) -> None:

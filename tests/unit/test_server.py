@@ -22,7 +22,21 @@ from derper.wire.client import PeerGone, ReceivedPacket
 from derper.wire.keys import MeshKeys
 
 from .loopback import PATIENCE, pair_for, until
-from .relays import ALICE, BOB, CAROL, NOW, OTHER_KEY, Node, Region, ask_stun, get, knock, replace_file, running
+from .relays import (
+    ALICE,
+    BOB,
+    CAROL,
+    MESH_KEY,
+    NOW,
+    OTHER_KEY,
+    Node,
+    Region,
+    ask_stun,
+    get,
+    knock,
+    replace_file,
+    running,
+)
 
 pytestmark = pytest.mark.both_loops
 
@@ -343,6 +357,7 @@ async def test_status(region: Region) -> None:
                 }
             ],
             "mesh": {"r-1": {"connected": True, "clients": 0, "queued": 0, "error": None}},
+            "meshKeys": {"current": MESH_KEY.fingerprint(), "accepted": [MESH_KEY.fingerprint()]},
             "clients": 1,
             "settings": hashlib.sha256((region.root / "settings.json").read_bytes()).hexdigest(),
             "version": status["version"],

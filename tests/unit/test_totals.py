@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from derper.expvar import Func, LabelMap, MultiLabelMap, Text, Tree, varz
 from derper.metrics import Sample
 from derper.relay.counters import Histogram
@@ -102,6 +104,9 @@ def status(number: int, **changes: Any) -> dict[str, Any]:
             "slowest": [{"key": f"{number}", "pausedSeconds": float(number)}],
         },
         "admission": {"open": False, "sources": {"x": {"allow": number}}},
+        "settings": "digest",
+        "certificates": [{"certName": "one"}],
+        "meshKeys": {"current": "k1", "accepted": ["k1", "k2"]},
         "process": {"pid": number, "since": "t", "cpuSeconds": 1.5, "residentBytes": 10, "openFiles": 1},
         "worker": number,
         **changes,
@@ -143,6 +148,39 @@ def test_the_status_of_the_whole_relay() -> None:
 
 def test_a_link_to_a_peer_is_up_since_the_last_worker_has_one() -> None:
     assert total_status([SUPERVISOR, status(4), status(5)])["mesh"]["a"]["since"] == "2026-05"
+
+
+AGREED = {name: status(4)[name] for name in ("settings", "certificates", "meshKeys")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, AGREED),
+        ({"settings": "older"}, AGREED | {"settings": None}),
+        (
+            {"certificates": [{"certName": "one"}, {"certName": "two"}]},
+            {"settings": None, "certificates": [{"certName": "one"}, {"certName": "two"}]},
+        ),
+        (
+            {"meshKeys": {"current": "k2", "accepted": ["k2", "k1"]}},
+            {"settings": None, "meshKeys": {"current": None, "accepted": ["k1", "k2"]}},
+        ),
+        (
+            {"meshKeys": {"current": "k1", "accepted": ["k1"]}},
+            {"settings": None, "meshKeys": {"current": "k1", "accepted": ["k1"]}},
+        ),
+        ({"meshKeys": None}, {"settings": None, "meshKeys": None}),
+    ],
+)
+def test_what_is_in_force_is_in_force_in_all_workers(changes: dict[str, Any], expected: dict[str, Any]) -> None:
+    found = total_status([SUPERVISOR, status(4), status(5, **changes), status(6)])
+    assert {name: found[name] for name in AGREED} == AGREED | expected
+
+
+def test_a_worker_that_does_not_answer_may_have_read_anything() -> None:
+    found = total_status([SUPERVISOR, status(4), status(5)])
+    assert (found["settings"], found["meshKeys"]) == (None, None)
 
 
 def test_before_any_worker_answers() -> None:
