@@ -13,6 +13,8 @@ endif
 PURE_INTEROP := $(patsubst %,tests/interop/test_%.py,server frames mesh websocket) \
   --deselect tests/interop/test_server.py::test_keep_alives_come_about_once_a_minute \
   --deselect tests/interop/test_frames.py::test_keep_alives_come_every_60_to_65_seconds
+# The quick ones that ask whether several workers are one relay.
+WORKERS_INTEROP := $(patsubst %,tests/interop/test_%.py,client duplicates limits websocket) -k "not stock"
 # pytest's own options, e.g. make test-unit ARGS="-k stun"
 ARGS ?=
 
@@ -64,7 +66,7 @@ lint: venv ## ruff, mypy --strict, import contracts, compiled modules, chart and
 	@echo "==> lint: one source and its types for each compiled module"; $(RUN) dev.extensions check
 	@echo "==> lint: docs/parity.md is tests/interop/parity/"; $(RUN) dev.parity check
 
-test: lint test-unit test-pure test-fuzz test-hostile test-interop test-api test-e2e ## everything
+test: lint test-unit test-pure test-fuzz test-hostile test-interop test-workers test-api test-e2e ## everything
 
 test-unit: venv ## Python only, about a minute; compiled modules as built
 	@echo "==> unit tests"; $(BIN)/pytest tests/unit $(ARGS)
@@ -87,6 +89,9 @@ test-slow: venv ## the long ones: 10,000 clients at a time and one after another
 test-interop: venv ## stock derper and real Tailscale clients (needs Go)
 	@echo "==> interop tests, with stock derper and real clients"; $(BIN)/pytest tests/interop $(ARGS)
 
+test-workers: venv ## some of them again, with two workers in our relays (needs Go)
+	@echo "==> interop tests, with two workers"; DERPER_TEST_WORKERS=2 $(BIN)/pytest $(WORKERS_INTEROP) $(ARGS)
+
 test-api: venv ## a real kube-apiserver (needs Go)
 	@echo "==> API tests, with a real kube-apiserver"; $(BIN)/pytest tests/api $(ARGS)
 
@@ -99,4 +104,4 @@ bench: venv ## packets per second and more, against stock derper in the same run
 bench-scale: venv ## 9 nodes with 20,000 clients: the mesh's control plane, against stock derper (about five minutes)
 	@$(RUN) bench.scale $(ARGS)
 
-.PHONY: help venv lock demo demo-down kubeconfig region images lint test test-unit test-pure test-fuzz fuzz test-hostile test-slow test-interop test-api test-e2e bench bench-scale
+.PHONY: help venv lock demo demo-down kubeconfig region images lint test test-unit test-pure test-fuzz fuzz test-hostile test-slow test-interop test-workers test-api test-e2e bench bench-scale

@@ -50,6 +50,18 @@ class Figures:
     def __getattr__(self, name: str) -> int:
         return int(self.values[name])
 
+    @property
+    def parts(self) -> list[dict[str, int]]:
+        """Of each process: the relay's, or the supervisor's and then those of the workers."""
+        found: list[dict[str, int]] = self.values["parts"]
+        return found
+
+    def is_no_more_than(self, before: Figures) -> bool:
+        """Connections, tasks, descriptors, entries of tables: of each process."""
+        names = ("links", "clients", "tables", "tasks", "descriptors")
+        parts = zip(self.parts, before.parts, strict=True)
+        return all(now.get(name, 0) <= then.get(name, 0) for now, then in parts for name in names)
+
 
 class HostileRelay(LineProcess):
     """A relay process, `port` and `pin` are how to dial it."""
@@ -96,9 +108,8 @@ class HostileRelay(LineProcess):
         return figures
 
     async def as_before(self, before: Figures) -> Figures:
-        """Wait until it holds no more than then: connections, tasks, descriptors, entries of tables."""
-        names = ("links", "clients", "tables", "tasks", "descriptors")
-        return await self.until(lambda now: all(now.values[name] <= before.values[name] for name in names))
+        """Wait until it holds no more than then."""
+        return await self.until(lambda now: now.is_no_more_than(before))
 
     async def dial(self, key: NodePrivate | None = None, options: Options | None = None) -> Client:
         """A client with manners; only with TLS."""

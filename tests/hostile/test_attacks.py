@@ -25,17 +25,24 @@ SHORT = (
 GROWTH = 16 * MIB  # what a second wave may add; a leak of it all would be more
 
 
+two_workers_too = pytest.mark.parametrize("node", [1, 2], indirect=True)
+
+
 @pytest.fixture
-async def node(tmp_path: Path) -> AsyncIterator[HostileRelay]:
-    """With time-outs of two seconds."""
-    async with relay(tmp_path, settings=SHORT) as running:
+async def node(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[HostileRelay]:
+    """With time-outs of two seconds; with as many workers as a test asks for."""
+    async with relay(tmp_path, settings=SHORT, flags=[f"-workers={getattr(request, 'param', 1)}"]) as running:
         yield running
 
 
 async def settled(node: HostileRelay) -> Figures:
-    """After a first connection, which everything is loaded for."""
+    """After first connections, which everything is loaded for, in each worker."""
     before = await node.figures()
-    await (await node.log_in()).close()
+
+    async def come(_: int) -> None:
+        await (await node.log_in()).close()
+
+    await at_once(20, 20, come)
     return await node.until(lambda now: now.links <= before.links)
 
 
@@ -94,6 +101,7 @@ async def test_connections_that_say_nothing(tmp_path: Path) -> None:
         assert after.rejected - before.rejected >= 1000
 
 
+@two_workers_too
 async def test_connections_that_are_gone_at_once(node: HostileRelay) -> None:
     """A flood of connects, each reset as soon as it stands."""
     async with bystanders(node, "3,000 connects and resets"):
@@ -106,6 +114,7 @@ async def test_connections_that_are_gone_at_once(node: HostileRelay) -> None:
         await node.as_before(before)
 
 
+@two_workers_too
 async def test_logins_with_wrong_boxes(node: HostileRelay) -> None:
     """Each costs the relay a Curve25519; it must not cost anybody else."""
     async with bystanders(node, "1,000 logins with wrong boxes"):
@@ -147,6 +156,7 @@ async def test_logins_that_stop_in_the_middle(node: HostileRelay) -> None:
         assert again.memory - once.memory < GROWTH
 
 
+@two_workers_too
 async def test_one_slow_reader_among_fast_ones(node: HostileRelay) -> None:
     """Everybody sends to it, it reads nothing: it loses its own packets and then its connection, and nobody else's."""
     async with bystanders(node, "a slow reader and five who flood it"):
@@ -195,6 +205,7 @@ async def test_a_thousand_clients_at_once(node: HostileRelay) -> None:
         await node.as_before(before)
 
 
+@two_workers_too
 async def test_a_key_that_many_fight_for(node: HostileRelay) -> None:
     """Thirty clients with one key, all talking: each packet goes to one of them, and the others are left in peace."""
     async with bystanders(node, "30 clients with one key"):
@@ -224,6 +235,7 @@ async def test_a_key_that_many_fight_for(node: HostileRelay) -> None:
         await node.as_before(before)
 
 
+@two_workers_too
 async def test_frames_that_are_none(node: HostileRelay) -> None:
     """After the login: frames too long, of no known type, for the mesh, and noise."""
     async with bystanders(node, "300 clients that talk nonsense"):
@@ -286,6 +298,7 @@ async def test_requests_that_never_end(node: HostileRelay) -> None:
         await node.as_before(before)
 
 
+@two_workers_too
 async def test_websockets_that_misbehave(node: HostileRelay) -> None:
     """Text, no mask, lengths of 2^62, fragments without an end, pings without reading, a login in bytes."""
     login = login_of(NodePrivate.generate(), node.server_key)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from .gobuild import GoMissingError, Peers, Step, build_kind, build_peers, build
 from .peers import GoClients
 from .pki import Authority
 from .raw import RawClients, raw_clients
-from .relays import OurDerper, Relay, RelayOptions, StockDerper, loopback_addresses
+from .relays import DERP_PORT, OurDerper, Relay, RelayOptions, StockDerper, loopback_addresses
 
 T = TypeVar("T")
 
@@ -121,6 +122,36 @@ async def relays(peers: Peers, addresses: Iterator[str], tmp_path: Path) -> Asyn
     """Both makes of relay."""
     async with AsyncExitStack() as stack:
         yield Relays(peers, addresses, tmp_path, stack)
+
+
+MakeMember = Callable[..., Relay]
+
+
+@pytest.fixture
+def member(relays: Relays, authority: Authority, ca_file: Path) -> MakeMember:
+    """Makes relays of a mesh: by stock's flags, and with certificates that the others believe."""
+
+    def make_member(
+        make: str,
+        host: str,
+        mesh_key: str,
+        *,
+        address: str | None = None,
+        port: int = DERP_PORT,
+        flags: Sequence[str] = (),
+    ) -> Relay:
+        options = RelayOptions(
+            certificate=authority.issue(host),
+            host_name=host,
+            private_key=f"privkey:{secrets.token_hex(32)}",
+            mesh_key=mesh_key,
+            env={"SSL_CERT_FILE": str(ca_file)},
+            derp_port=port,
+            flags=flags,
+        )
+        return relays.make(make, options, address=address)
+
+    return make_member
 
 
 @pytest.fixture(params=["stock", "ours"])

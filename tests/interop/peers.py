@@ -332,3 +332,21 @@ class TailnetHarness:
         """`count` requests, summed up."""
         traffic = await self.start_traffic(source, target, count=count, **options)
         return await traffic.stop()
+
+
+async def deliver(source: StockClient, target: StockClient, packet: bytes) -> None:
+    """Send a packet until it arrives: workers, and relays, hear of each other's clients a moment later."""
+    arrival = asyncio.ensure_future(target.receive(source.key))
+    async with asyncio.timeout(HANG):
+        while not arrival.done():
+            await source.send(target.key, packet)
+            await asyncio.wait((arrival,), timeout=0.25)
+    assert await arrival == packet
+
+
+async def acquaint(source: StockClient, target: StockClient) -> None:
+    """The same, and none that was sent again is left."""
+    await deliver(source, target, b"hello")
+    await source.send(target.key, b"that is all")
+    while await target.receive(source.key) != b"that is all":
+        pass

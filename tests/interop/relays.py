@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 from nacl.public import PrivateKey
 
 from .pki import Certificate
@@ -26,6 +27,9 @@ DERPMap = dict[str, Any]
 
 DERP_PORT = 8443
 STUN_PORT = 3478
+
+WORKERS = int(os.environ.get("DERPER_TEST_WORKERS", "1"))
+"""To try the suite with our relays having several: DERPER_TEST_WORKERS=2."""
 
 STUN_MAGIC = b"\x21\x12\xa4\x42"
 
@@ -74,6 +78,8 @@ class RelayOptions:
 
 class Relay(Child):
     """A relay on a loopback address of its own. It serves, TLS and STUN, once `start` has returned."""
+
+    workers = 1  # processes that each have a log line, and a link to other nodes
 
     def __init__(self, command: Sequence[str | Path], address: str, workdir: Path, options: RelayOptions) -> None:
         self.address = address
@@ -186,14 +192,15 @@ class OurDerper(Relay):
     """The relay of this repository, installed beside the interpreter that runs the tests."""
 
     def __init__(self, address: str, workdir: Path, options: RelayOptions | None = None) -> None:
-        command: list[str | Path] = [Path(sys.executable).with_name("derper"), *workers()]
+        self.workers = WORKERS
+        command: list[str | Path] = [
+            Path(sys.executable).with_name("derper"),
+            *([f"-workers={WORKERS}"] if WORKERS > 1 else []),
+        ]
         super().__init__(command, address, workdir, options or RelayOptions())
 
 
-def workers() -> list[str]:
-    """To try the suite with several workers: DERPER_TEST_WORKERS=2."""
-    count = os.environ.get("DERPER_TEST_WORKERS", "")
-    return [f"-workers={count}"] if count else []
+one_worker = pytest.mark.skipif(WORKERS > 1, reason="other nodes count a link of each worker")
 
 
 def derp_map(nodes: Iterable[dict[str, Any]]) -> DERPMap:

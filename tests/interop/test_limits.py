@@ -194,6 +194,8 @@ async def test_mesh_peers_have_no_limit(make: str, relays: Relays, raw: RawClien
     mesh_key = secrets.token_hex(32)
     relay = await start(relays, make, f"-rate-config={rate_file(tmp_path, rate(1))}", mesh_key=mesh_key)
     peer, receiver = await raw.login(relay, mesh_key=mesh_key), await raw.login(relay)
+    peer.write(frames.watch_conns())
+    await peer.expect(FrameType.PEER_PRESENT, receiver.key)  # the peer's worker knows it
     packets = [number.to_bytes(4, "big") * 2500 for number in range(50)]
     for forwarded, packet in enumerate(packets):
         frame = frames.forward_packet(peer.key, receiver.key, packet)
@@ -240,11 +242,12 @@ async def test_rate_configs_are_read_alike(make: str, relays: Relays, raw: RawCl
         relay.send_signal(signal.SIGHUP)
         if limits is None:
             failures += 1
-            await relay.logged("rate config reload failed|rate limits: .*; the old one stays in force", failures)
+            refused = "rate config reload failed|rate limits: .*; the old one stays in force"
+            await relay.logged(refused, failures * relay.workers)
         else:
             applied.append(f"client-rate={limits[0]} bytes/sec, client-burst={limits[1]} bytes")
-            await relay.logged("rate config applied", len(applied))
-    assert re.findall("rate config applied: (.*)", relay.log_text()) == applied
+            await relay.logged("rate config applied", len(applied) * relay.workers)
+    assert re.findall("rate config applied: (.*)", relay.log_text())[:: relay.workers] == applied
     client = await raw.login(relay)
     assert await client.until_echo() is not None
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from .conftest import Relays
+from .conftest import MakeMember, Relays
+from .metrics import counted
 from .peers import GoClients, StockClient
 from .pki import Authority
-from .processes import Event
+from .processes import HANG, Event
 from .region import Region
-from .relays import Relay, RelayOptions, derp_map
+from .relays import Relay, derp_map
 
 DISCONNECTED, NOT_HERE = 0, 1
 DISCO = "TS💬".encode() + bytes(80)
@@ -38,25 +39,18 @@ class Mesh:
 
 @pytest.fixture
 async def mesh(
-    relays: Relays, authority: Authority, ca_file: Path, addresses: Iterator[str], tmp_path: Path, clients: GoClients
+    relays: Relays,
+    member: MakeMember,
+    authority: Authority,
+    addresses: Iterator[str],
+    tmp_path: Path,
+    clients: GoClients,
 ) -> Mesh:
     """Names: stock, flags, settings."""
     mesh_key = secrets.token_hex(32)
     region = Region(addresses, tmp_path / "region", 1, mesh_key, authority.issue)
     node = region.nodes[0]
-    stock, flags = (
-        relays.make(
-            make,
-            RelayOptions(
-                certificate=authority.issue(f"{make}.test"),
-                host_name=f"{make}.test",
-                private_key=f"privkey:{secrets.token_hex(32)}",
-                mesh_key=mesh_key,
-                env={"SSL_CERT_FILE": str(ca_file)},
-            ),
-        )
-        for make in ("stock", "ours")
-    )
+    stock, flags = (member(make, f"{make}.test", mesh_key) for make in ("stock", "ours"))
     stock.mesh_with([flags, node])
     flags.mesh_with([stock, node])
     region.write_settings(others={"stock": stock, "flags": flags})
@@ -68,7 +62,12 @@ async def mesh(
 
 
 async def meshed(mesh: Mesh, clients: GoClients) -> None:
-    """Wait until every relay watches every other."""
+    """Wait until every relay watches every other, each of its workers for itself."""
+    for relay in mesh.relays.values():
+        watching = sum(other.workers for other in mesh.relays.values() if other is not relay)
+        async with asyncio.timeout(HANG):
+            while (await counted(relay))["derp_watchers"] < watching:  # noqa: ASYNC110 -- no event tells it
+                await asyncio.sleep(0.02)
     for name, relay in mesh.relays.items():
         watcher = await clients.dial(**mesh.dial_options(name), mesh_key=mesh.mesh_key, watch=True)
         for other in mesh.relays.values():

@@ -3,46 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import socket
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from .conftest import Relays
-from .peers import GoClients, StockClient
-from .pki import Authority
+from .conftest import MakeMember, Relays
+from .peers import GoClients, deliver
 from .processes import HANG, Child, Event, PeerError, ProcessEndedError
-from .relays import DERP_PORT, Relay, RelayOptions, accepts, derp_map, free_port
+from .relays import Relay, RelayOptions, accepts, derp_map, free_port
 
 DISCONNECTED = 0
 DISCO = "TS💬".encode() + bytes(80)
 KEY = "5a" * 32
 DEV_PORT = 3340
-
-MakeMember = Callable[..., Relay]
-
-
-@pytest.fixture
-def member(relays: Relays, authority: Authority, ca_file: Path) -> MakeMember:
-    """Makes relays whose certificates the others believe."""
-
-    def make_member(
-        make: str, host: str, *, mesh_key: str = KEY, address: str | None = None, port: int | None = None
-    ) -> Relay:
-        options = RelayOptions(
-            certificate=authority.issue(host),
-            host_name=host,
-            private_key=f"privkey:{secrets.token_hex(32)}",
-            mesh_key=mesh_key,
-            env={"SSL_CERT_FILE": str(ca_file)},
-            derp_port=port or DERP_PORT,
-        )
-        return relays.make(make, options, address=address)
-
-    return make_member
 
 
 @pytest.fixture(params=["stock", "ours"])
@@ -51,29 +26,19 @@ def other(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-async def deliver(source: StockClient, target: StockClient) -> None:
-    """Send until a packet arrives: a relay learns of the other's clients a moment after they have come."""
-    arrival = asyncio.ensure_future(target.receive(source.key))
-    async with asyncio.timeout(HANG):
-        while not arrival.done():
-            await source.send(target.key, DISCO)
-            await asyncio.wait((arrival,), timeout=0.25)
-    assert await arrival == DISCO
-
-
 # -- two relays
 
 
 async def test_a_pair(make: str, other: str, member: MakeMember, relays: Relays, clients: GoClients) -> None:
     """Each may name itself; packets go both ways; who leaves is gone at the other end; what was lost comes back."""
-    pair = [member(make, "first.test"), member(other, "second.test")]
+    pair = [member(make, "first.test", KEY), member(other, "second.test", KEY)]
     for relay in pair:
         relay.mesh_with(pair)
     for relay in reversed(pair):
         await relays.start(relay)
     first, second = [await clients.dial_relay(relay) for relay in pair]
-    await deliver(first, second)
-    await deliver(second, first)
+    await deliver(first, second, DISCO)
+    await deliver(second, first, DISCO)
     await pair[0].logged("detected self-connect|is this relay itself")
     await second.close()
     gone = await first.expect("peer_gone", lambda event: event["key"] == second.key and event["reason"] == DISCONNECTED)
@@ -81,15 +46,15 @@ async def test_a_pair(make: str, other: str, member: MakeMember, relays: Relays,
     await pair[1].kill()
     await pair[1].start()
     again = await clients.dial_relay(pair[1])
-    await deliver(first, again)
-    await deliver(again, first)
+    await deliver(first, again, DISCO)
+    await deliver(again, first, DISCO)
 
 
 async def test_a_mesh_key_that_the_peer_does_not_have(
     make: str, other: str, member: MakeMember, relays: Relays, clients: GoClients
 ) -> None:
     """It is refused, tried again, and accepted once the keys are the same."""
-    dialer, peer = member(make, "dialer.test"), member(other, "peer.test", mesh_key="a5" * 32)
+    dialer, peer = member(make, "dialer.test", KEY), member(other, "peer.test", "a5" * 32)
     dialer.mesh_with([peer])
     await relays.start(peer)
     await relays.start(dialer)
@@ -101,7 +66,7 @@ async def test_a_mesh_key_that_the_peer_does_not_have(
     (peer.workdir / "mesh.key").write_text(KEY)
     await peer.start()
     there = await clients.dial_relay(peer)
-    await deliver(here, there)
+    await deliver(here, there, DISCO)
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]"])
@@ -110,17 +75,17 @@ async def test_hosts_without_a_name_to_dial(
 ) -> None:
     """A name has as many addresses as DNS says: one may answer, another not."""
     address = "::1" if host == "[::1]" else "127.0.0.1"
-    peer = member("stock", host.strip("[]"), address=address, port=free_port(address))
-    dialer = member(make, "dialer.test")
+    peer = member("stock", host.strip("[]"), KEY, address=address, port=free_port(address))
+    dialer = member(make, "dialer.test", KEY)
     dialer.argv.append(f"-mesh-with={host}:{peer.options.derp_port}")
     await relays.start(peer)
     await relays.start(dialer)
-    await deliver(await clients.dial_relay(dialer), await clients.dial_relay(peer))
+    await deliver(await clients.dial_relay(dialer), await clients.dial_relay(peer), DISCO)
 
 
 @pytest.mark.parametrize("entries", ["a.test/b.test/c.test", "a b"])
 async def test_entries_that_are_none(make: str, entries: str, member: MakeMember, relays: Relays) -> None:
-    relay = member(make, "first.test")
+    relay = member(make, "first.test", KEY)
     relay.argv.append(f"-mesh-with={entries}")
     with pytest.raises(ProcessEndedError, match=r"status [12]"):
         await relays.start(relay)
@@ -131,7 +96,7 @@ async def test_entries_that_only_ours_takes(
     make: str, form: str, member: MakeMember, relays: Relays, clients: GoClients
 ) -> None:
     """A blank after a comma, or an address without brackets, ends stock derper; it dials an empty name for ever."""
-    relay, peer = member(make, "first.test"), member("stock", "peer.test")
+    relay, peer = member(make, "first.test", KEY), member("stock", "peer.test", KEY)
     entry = f"peer.test:{peer.options.derp_port}/{peer.address}"
     relay.argv.append(f"-mesh-with={form.format(entry)}")
     if make == "stock" and form != "{},":
@@ -142,7 +107,7 @@ async def test_entries_that_only_ours_takes(
     await relays.start(relay)
     if make == "stock":
         await relay.logged(r'mesh\(""\): .*mesh connect: ')
-    await deliver(await clients.dial_relay(relay), await clients.dial_relay(peer))
+    await deliver(await clients.dial_relay(relay), await clients.dial_relay(peer), DISCO)
 
 
 async def test_a_mesh_without_a_key(make: str, relays: Relays, tmp_path: Path) -> None:

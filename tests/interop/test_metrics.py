@@ -15,7 +15,7 @@ from .metrics import counted, samples, varz
 from .peers import GoClients
 from .pki import Authority, Certificate
 from .processes import HANG
-from .relays import Relay, RelayOptions, derp_map
+from .relays import Relay, RelayOptions, derp_map, one_worker
 
 DISCO = "TS💬".encode() + bytes(80)
 STRANGER = f"nodekey:{'17' * 32}"
@@ -94,6 +94,7 @@ async def test_labels_that_are_there_from_the_start(both: Both) -> None:
     assert ours.keys() >= wanted
 
 
+@one_worker
 async def test_the_numbers_of_a_mesh(
     make: str, relays: Relays, clients: GoClients, authority: Authority, ca_file: Path
 ) -> None:

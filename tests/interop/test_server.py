@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from .conftest import Relays
-from .peers import GoClients, StockClient
+from .peers import GoClients, StockClient, acquaint
 from .pki import Authority
 from .processes import HANG, PeerError
 from .relays import DERP_PORT, STUN_PORT, DERPMap, Relay, RelayOptions, derp_map, free_port
@@ -32,8 +32,12 @@ def region(*relays: Relay) -> dict[str, Any]:
 
 @pytest.fixture
 async def pair(relay: Relay, clients: GoClients) -> tuple[StockClient, StockClient]:
-    """Two clients of one relay."""
-    return await clients.dial(**region(relay)), await clients.dial(**region(relay))
+    """Two clients of one relay, which knows both."""
+    a, b = await clients.dial(**region(relay)), await clients.dial(**region(relay))
+    if relay.workers > 1:  # one hears of the other's clients a moment later
+        await acquaint(a, b)
+        await acquaint(b, a)
+    return a, b
 
 
 # -- connecting

@@ -9,7 +9,6 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -19,10 +18,9 @@ from derper.wire import frames
 from derper.wire.frames import FrameType
 from derper.wire.keys import NodePrivate
 
-from .conftest import Relays
+from .conftest import MakeMember, Relays
 from .metrics import counted
-from .peers import GoClients, StockClient
-from .pki import Authority
+from .peers import GoClients, StockClient, deliver
 from .processes import HANG, ProcessEndedError
 from .raw import RawClients
 from .relays import Relay, RelayOptions
@@ -74,15 +72,6 @@ async def ring(crowd: list[StockClient], text: bytes) -> None:
     """Everybody writes to the next but one, as soon as all know each other."""
     for source, target in zip(crowd, crowd[2:] + crowd[:2], strict=True):
         await deliver(source, target, text)
-
-
-async def deliver(source: StockClient, target: StockClient, packet: bytes) -> None:
-    """Send a packet until it arrives: workers, and relays, hear of each other's clients a moment later."""
-    arrival = asyncio.ensure_future(target.receive(source.key))
-    while not arrival.done():
-        await source.send(target.key, packet)
-        await asyncio.wait((arrival,), timeout=0.25)
-    assert await arrival == packet
 
 
 async def test_all_reach_all_and_are_counted_once(node: Workers, clients: GoClients) -> None:
@@ -168,28 +157,11 @@ def mesh_key() -> str:
 
 
 async def test_in_a_mesh_with_stock_derper(
-    relays: Relays,
-    addresses: Iterator[str],
-    authority: Authority,
-    ca_file: Path,
-    clients: GoClients,
-    mesh_key: str,
+    relays: Relays, member: MakeMember, clients: GoClients, mesh_key: str
 ) -> None:
     """Stock derper has one link to the node, to any worker, and reaches the clients of both; and they reach its."""
-    stock, ours = (
-        relays.make(
-            make,
-            RelayOptions(
-                certificate=authority.issue(f"{make}.test"),
-                host_name=f"{make}.test",
-                private_key=f"privkey:{secrets.token_hex(32)}",
-                mesh_key=mesh_key,
-                env={"SSL_CERT_FILE": str(ca_file)},
-                flags=("-workers=2",) if make == "ours" else (),
-            ),
-        )
-        for make in ("stock", "ours")
-    )
+    stock = member("stock", "stock.test", mesh_key)
+    ours = member("ours", "ours.test", mesh_key, flags=["-workers=2"])
     stock.mesh_with([ours])
     ours.mesh_with([stock])
     for relay in (ours, stock):
