@@ -174,6 +174,7 @@ def _ours(relay: Relay) -> Tree:
     }
     if relay.hub is not None:
         tree["protocol_errors"] = relay.hub.counters.protocol_errors
+        tree["packets_moved"] = relay.hub.counters.moved
         if relay.hub.router.node.siblings:
             tree["worker_crossed_in"] = relay.hub.counters.crossed_in
             tree["worker_crossed_out"] = relay.hub.counters.crossed_out

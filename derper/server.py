@@ -152,8 +152,10 @@ class Relay:
             self._poll_task.cancel()
         self._close_ports()
         if self.hub is not None:
-            self.hub.draining = True
+            self.hub.router.draining = True
             await self._close_clients(self.hub)
+            if self.mesh is not None and any(link.connected for link in self.mesh.status().values()):
+                await self.hub.settled()
 
     async def close(self) -> None:
         """Close everything at once."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from ..relay.counters import Counters
 from ..relay.limits import Limits
+from ..relay.moves import PATIENCE
 from ..relay.router import Router
 from ..relay.session import Session
 from ..wire import frames, handshake
@@ -33,7 +34,7 @@ log = logging.getLogger("derper")
 _KEEP_ALIVES: Final = range(int(KEEP_ALIVE_SECONDS), int(KEEP_ALIVE_SECONDS) + 6)  # seconds between two
 _TICK: Final = 1.0
 _TELL: Final = 0.005  # seconds between two pieces of news for mesh peers, if much happens
-_LOOK: Final = 0.1  # seconds between looks for stalled clients
+_LOOK: Final = 0.1  # seconds between looks for stalled clients, and for those that do not come back
 _INFOS: Final = 64  # client infos to remember
 _INFO_BYTES: Final = 256  # of the longest such
 _READ_BUFFER: Final = 2 * MAX_CLIENT_INFO  # the longest frame that must be held whole, and as much again to read into
@@ -63,7 +64,6 @@ class Hub:
         self.clock = self.loop.time
         self.tells_tcp_info = tells_tcp_info()
         self.links: set[Link] = set()
-        self.draining = False  # no new clients
         self.link_lost = asyncio.Event()  # set whenever a link closes
         self.paused: set[Link] = set()  # those whose socket is full
         self.stalls = Stalls()
@@ -110,6 +110,18 @@ class Hub:
                     await self.link_lost.wait()
         except TimeoutError:
             pass
+
+    @property
+    def draining(self) -> bool:
+        """Whether new clients are sent elsewhere."""
+        return self.router.draining
+
+    async def settled(self) -> None:
+        """Wait, a second at most, for the clients that have just left: what came for them then follows them."""
+        for _ in range(PATIENCE):
+            if not self.router.moves:
+                return
+            await asyncio.sleep(_LOOK)
 
     def set_limits(self, limits: Limits) -> None:
         """New limits, for the connected clients too."""
@@ -174,5 +186,7 @@ class Hub:
 
     def _look(self) -> None:
         self._look_timer = self.loop.call_later(_LOOK, self._look)
-        for link, seconds in self.stalls.look(self.paused, self.clock()):
+        now = self.clock()
+        for link, seconds in self.stalls.look(self.paused, now):
             link.stalled(seconds)
+        self.router.give_up(now)

@@ -300,6 +300,7 @@ class Link(asyncio.BufferedProtocol):
         hub.round_trips.follow(self, session.connected_at)
         greeting, self._greeting = self._greeting, b""
         self.write(greeting + handshake.server_info_frame(hub.private_key, key, ServerInfo()))
+        hub.router.catch_up(session)
 
     def _leave(self) -> None:
         session, self._session = self._session, None

@@ -123,7 +123,7 @@ class MeshLink:
         self._flush: asyncio.Handle | None = None
         connection.on_writable = self._writable
 
-    def forward(self, src: bytes, dst: bytes, chunk: bytes, now: float) -> None:
+    def forward(self, src: bytes, dst: bytes, chunk: bytes) -> None:
         """Send the packets of a run of RECV_PACKET frames from `src` to `dst`, who is at the peer."""
         parts = self._parts
         parts.extend(forward_parts(src, dst, chunk))

@@ -7,10 +7,12 @@ The table holds these kinds of facts:
 * **clients of other workers** of this node, see `siblings`.
 * **forwarders**: for each key of a client on another relay of the region, the mesh peer that leads to
   it.  The first one registered is used; others take over when it goes.
+* **moves**: the clients that have just left, and what waits for them, see `moves`.
 * **interest**: the watchers (mesh peers) that hear of every arrival and departure, and for each key the
   sessions that received packets from it, which are told when it leaves the region.
 
-A client of this node always wins over a forwarder, and a forwarded packet is never forwarded again.
+A client of this node always wins over a forwarder.  A forwarded packet is never forwarded again, but for those that
+wait on a node that drains: nobody can be there again, so it is no circle.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from ..wire import frames
 from ..wire.frames import PeerGoneReason
-from .counters import Counters
+from .counters import Counters, DropReason
+from .moves import Moves
+from .runs import KEYED
 from .siblings import Node
 
 if TYPE_CHECKING:
@@ -34,7 +38,7 @@ _MOST_NEWS: Final = 1000  # that may wait
 class Forwarder(Protocol):
     """A mesh peer through which packets can leave."""
 
-    def forward(self, src: bytes, dst: bytes, chunk: bytes, now: float) -> None:
+    def forward(self, src: bytes, dst: bytes, chunk: bytes) -> None:
         """Send the packets of a run of RECV_PACKET frames from `src` onwards to `dst`.
 
         It counts each as forwarded when it leaves, or as dropped.
@@ -82,6 +86,8 @@ class Router:
         #: key -> mesh peers that lead to it, the preferred one first.  The hot path reads it directly.
         self.forwarders: dict[bytes, tuple[Forwarder, ...]] = {}
         self.watchers: set[Session] = set()
+        self.moves = Moves(counters)
+        self.draining = False  # who leaves now moves to another node
         self.node = Node(self, number)
         self.elsewhere = self.node.elsewhere
         #: Called when there is news for the watchers.  Whoever replaces it may collect more, but calls `tell` soon.
@@ -104,6 +110,11 @@ class Router:
         if session.not_ideal:
             self.counters.current_notideal_connections += 1
         self.broadcast(session.present_frame())
+
+    def catch_up(self, session: Session) -> None:
+        """Send what waited for a client that has come back; its login must have been answered."""
+        for held in self.moves.found(session.key):
+            session.deliver(held.source, held.frame, 1, session.connected_at)
 
     def unregister(self, session: Session) -> None:
         """`session` is closed: forget it, and tell those who care if it was the last one with its key."""
@@ -128,6 +139,8 @@ class Router:
     def left_node(self, key: bytes) -> None:
         """No worker of this node has a session with this key any more: tell those who care."""
         if key not in self.forwarders:
+            if self.draining:
+                self.moves.left(key)
             self._gone_from_region(key)
         self.broadcast(frames.peer_gone(key, PeerGoneReason.DISCONNECTED))
         self.counters.peer_gone_disconnected_frames += len(self.watchers)
@@ -221,6 +234,8 @@ class Router:
         if len(known) == 1:
             self.counters.multiforwarder_created += 1
         self.forwarders[key] = (*known, forwarder)
+        for held in self.moves.found(key):
+            forwarder.forward(held.source, key, held.frame)
 
     def remove_forwarder(self, key: bytes, forwarder: Forwarder) -> None:
         """The client `key` left the relay behind `forwarder`."""
@@ -237,7 +252,17 @@ class Router:
         else:
             del self.forwarders[key]
             if not self.has(key):
+                self.moves.left(key)
                 self._gone_from_region(key)
+
+    def give_up(self, now: float) -> None:
+        """Drop what waits for clients that left long enough ago.  Call it each 0.1 s."""
+        for dst, held in self.moves.turn():
+            packet, sender = held.frame[KEYED:], self.here(held.source)
+            if sender is not None:
+                sender.undeliverable(dst, packet, DropReason.UNKNOWN_DEST, now)
+            else:
+                self.counters.drop(DropReason.UNKNOWN_DEST_ON_FWD, frames.is_disco(packet), len(packet))
 
     @property
     def clients_total(self) -> int:
@@ -248,6 +273,10 @@ class Router:
     def has(self, key: bytes) -> bool:
         """Whether a client of this node has this key."""
         return key in self.active or key in self.elsewhere
+
+    def leads_to(self, key: bytes) -> bool:
+        """Whether a packet for this key could be sent on now."""
+        return self.has(key) or key in self.forwarders
 
     # -- who is told ---------------------------------------------------------------------------------
 

@@ -256,12 +256,15 @@ class Session:
             return
         leads = router.forwarders.get(dst)
         if leads is not None:
-            leads[0].forward(self.key, dst, chunk, now)
+            leads[0].forward(self.key, dst, chunk)
+            return
+        if router.moves.hold(self.key, dst, chunk):
             return
         for packet in packets_of(chunk):
-            self._unknown_destination(dst, packet, DropReason.UNKNOWN_DEST, now)
+            self.undeliverable(dst, packet, DropReason.UNKNOWN_DEST, now)
 
-    def _unknown_destination(self, dst: bytes, packet: bytes, reason: DropReason, now: float) -> None:
+    def undeliverable(self, dst: bytes, packet: bytes, reason: DropReason, now: float) -> None:
+        """A packet of this client is dropped, as nobody knows `dst`: count it, and answer a disco message."""
         disco = frames.is_disco(packet)
         self.counters.drop(reason, disco, len(packet))
         if not disco:
@@ -313,8 +316,10 @@ class Session:
         if target is not None:
             target.deliver(src, b"".join(run), len(run), now)
             return
+        if self.router.draining and self.router.moves.hold(src, dst, b"".join(run)):
+            return
         for frame in run:
-            self._unknown_destination(dst, bytes(frame[KEYED:]), DropReason.UNKNOWN_DEST_ON_FWD, now)
+            self.undeliverable(dst, bytes(frame[KEYED:]), DropReason.UNKNOWN_DEST_ON_FWD, now)
 
     def _on_note_preferred(self, buffer: bytearray, start: int, end: int, now: float) -> None:
         preferred = buffer[start] != 0

@@ -153,6 +153,8 @@ class Node:
         clients, sibling.clients = sibling.clients, {}
         for key in clients:
             self._gone_elsewhere(key)
+            if not self._router.leads_to(key):
+                self._router.moves.left(key)  # the others of the node are still there
 
     def came(self, sibling: Sibling, key: bytes, claim: int, frame: bytes) -> None:
         """A client logged in there."""
@@ -162,6 +164,8 @@ class Node:
             self._mark(key)
         self._settle(key, claim)
         self._router.broadcast(frame)
+        for held in self._router.moves.found(key):
+            sibling.pass_on(key, held.frame, 1)
         if frame[-1] & frames.PeerPresentFlags.MESH_PEER and self.mesh_peer_came is not None:
             self.mesh_peer_came(frame)
 

@@ -144,3 +144,27 @@ async def test_rotation_under_traffic(addresses: Iterator[str], tmp_path: Path, 
         summary = await traffic.stop()
         print(summary)
         assert summary.failed == 0, summary.errors
+
+
+async def test_packets_follow_a_client_that_moves(
+    addresses: Iterator[str], tmp_path: Path, relays: Relays, clients: GoClients
+) -> None:
+    """Its node is killed or told to stop; what is sent before it is on another one reaches it there."""
+    region = Region(addresses, tmp_path / "three", 3)
+    await asyncio.gather(*map(relays.start, region.nodes))
+    for node in region.nodes:
+        await node.until(lambda status: all(link["connected"] for link in status["mesh"].values()))
+    last, there = region.nodes[-1], {"map": region.map(), "region": 900, "node": "900c"}
+    sender = await clients.dial(**there)
+    for node, name, end in ((region.nodes[0], "900a", "stop"), (region.nodes[1], "900b", "kill")):
+        private_key = f"privkey:{secrets.token_hex(32)}"
+        mover = await clients.dial(**there | {"node": name}, private_key=private_key)
+        await mover.send(sender.key, b"hello")
+        await sender.receive(mover.key)
+        ending = asyncio.ensure_future(getattr(node, end)())
+        assert (await sender.expect("peer_gone"))["key"] == mover.key
+        await sender.send(mover.key, b"wait for me")
+        again = await clients.dial(**there, private_key=private_key)
+        assert await again.receive(sender.key) == b"wait for me"
+        await ending
+    assert "derper_packets_moved 2\n" in await last.metrics_get("/metrics")

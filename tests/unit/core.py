@@ -86,7 +86,7 @@ class BenchLink:
         self.counters = counters or Counters()
         self.forwarded: list[tuple[bytes, bytes, bytes]] = []
 
-    def forward(self, src: bytes, dst: bytes, chunk: bytes, now: float) -> None:
+    def forward(self, src: bytes, dst: bytes, chunk: bytes) -> None:
         self.forwarded.append((src, dst, chunk))
         self.counters.packets_forwarded_out += len(frames_of(chunk))
 

@@ -86,7 +86,7 @@ async def test_other_spellings_of_an_upgrade(node: LoopbackRelay, head: bytes) -
 
 async def test_nobody_comes_in_while_the_relay_drains(node: LoopbackRelay) -> None:
     client = await node.connect()
-    node.hub.draining = True
+    node.hub.router.draining = True
     client.send(UPGRADE)
     assert await client.rest() == b""
     assert not node.hub.links
@@ -129,7 +129,7 @@ async def test_a_known_head_opens_nothing_while_the_relay_drains(node: LoopbackR
     await (await node.log_in(ALICE)).close()
     await until(lambda: not node.hub.links)
     client = await node.connect()
-    node.hub.draining = True
+    node.hub.router.draining = True
     client.send(FAST)
     assert await client.rest() == b""
     assert not node.hub.links

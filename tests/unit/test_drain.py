@@ -124,6 +124,29 @@ async def test_clients_left_behind_are_still_reached_while_others_leave(region: 
             await client.close()
 
 
+async def test_packets_follow_clients_that_move(region: Region) -> None:
+    """What is sent while a client is on its way from the node that drains to another one arrives there."""
+    first, second, third = region.nodes
+    region.write(first, second, third)
+    async with running(first.relay, second.relay, third.relay):
+        nodes = (first, second, third)
+        await until(lambda: all(node.meshed(*(other for other in nodes if other is not node)) for node in nodes))
+        alice, bob = await third.dial(ALICE), await first.dial(BOB)
+        assert third.relay.hub is not None
+        hub = third.relay.hub
+        await until(lambda: BOB.public in hub.router.forwarders)
+        drain = asyncio.ensure_future(first.relay.drain())
+        await until(lambda: bob.closed_because is not None and BOB.public not in hub.router.forwarders)
+        alice.send(BOB.public, b"one")
+        await until(lambda: hub.counters.packets_received == 1)
+        again = await second.dial(BOB)
+        assert await again.receive_packet() == ReceivedPacket(ALICE.public, b"one")
+        assert hub.counters.moved == 1
+        await drain
+        for client in (alice, bob, again):
+            await client.close()
+
+
 async def test_a_relay_that_was_about_to_listen_drains(region: Region, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its files came a moment before the signal: it must not listen any more."""
     node = region.nodes[0]

@@ -385,7 +385,7 @@ class FullLink:
         )
 
     def forward(self, *packets: bytes) -> None:
-        self.link.forward(key(1), key(2), b"".join(frames.recv_packet(key(1), packet) for packet in packets), 0.0)
+        self.link.forward(key(1), key(2), b"".join(frames.recv_packet(key(1), packet) for packet in packets))
 
     def dropped(self, reason: DropReason) -> tuple[int, int]:
         return self.counters.packets_dropped[reason, False], self.counters.bytes_dropped[reason, False]
@@ -503,7 +503,7 @@ async def test_a_peer_that_does_not_read_is_given_up(nodes: list[Node]) -> None:
     assert "closed" in str(first.error(second))
     counters = first.hub.counters
     await alice.close()
-    await until(lambda: not first.hub.links)
+    await until(lambda: not first.hub.links and not first.hub.router.moves)
     assert counters.packets_dropped[DropReason.GONE_DISCONNECTED, False] > 0
     assert counters.packets_received == counters.packets_forwarded_out + sum(counters.packets_dropped.values())
     await bob.close()

@@ -12,6 +12,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from derper.relay import router as router_module
 from derper.relay.limits import QUEUE_DEPTH
+from derper.relay.moves import PATIENCE
 from derper.relay.runs import packets_of
 from derper.wire import frames
 from derper.wire.client import PeerGone, PeerPresent, ReceivedPacket
@@ -35,6 +36,8 @@ class Model:
         self.heard: dict[int, set[int]] = defaultdict(set)  # client -> keys it had packets from
         self.gone: dict[int, list[int]] = defaultdict(list)  # client -> keys it was told are gone
         self.forwarded: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+        self.moving: dict[int, int] = {}  # key -> turns since it left the last peer that had it
+        self.waiting: dict[int, list[tuple[int, int]]] = defaultdict(list)  # key -> (source key, packet)
         self.dropped = 0
 
     def connect(self, client: int, number: int) -> None:
@@ -44,6 +47,8 @@ class Model:
         elif others and others[-1] in self.silent:
             others.insert(0, others.pop())
         others.append(client)
+        for source, packet in self.found(number):
+            self.send(source, number, packet)
 
     def spoke(self, client: int, number: int) -> None:
         self.here[number].sort(key=client.__eq__)  # to the end
@@ -61,6 +66,10 @@ class Model:
             self.queue[client] = self.queue[client][-QUEUE_DEPTH:]
         elif self.ways[dst] and not by_mesh:
             self.forwarded[self.ways[dst][0]].append((source, dst, packet))
+        elif dst in self.moving and not by_mesh:
+            self.waiting[dst].append((source, packet))
+            self.dropped += len(self.waiting[dst]) > QUEUE_DEPTH
+            self.waiting[dst] = self.waiting[dst][-QUEUE_DEPTH:]
         else:
             self.dropped += 1
 
@@ -79,6 +88,16 @@ class Model:
         self.dropped += len(self.queue.pop(client, []))
         self.heard.pop(client, None)
         self.left_region(number)
+
+    def found(self, number: int) -> list[tuple[int, int]]:
+        self.moving.pop(number, None)
+        return self.waiting.pop(number, [])
+
+    def turn(self) -> None:
+        for number in self.moving:
+            self.moving[number] += 1
+        for number in [number for number, turns in self.moving.items() if turns == PATIENCE]:
+            self.dropped += len(self.found(number))
 
     def left_region(self, number: int) -> None:
         for client, sources in self.heard.items():
@@ -115,6 +134,7 @@ class RouterMachine(RuleBasedStateMachine):
     def connect(self, number: int, mesh: bool) -> BenchClient:
         client = self.bench.client(number, mesh=mesh)
         self.live[id(client)] = client
+        self.bench.router.catch_up(client.session)
         self.model.connect(id(client), number)
         return client
 
@@ -173,13 +193,23 @@ class RouterMachine(RuleBasedStateMachine):
         self.bench.router.add_forwarder(key(number), self.links[link])
         if link not in self.model.ways[number]:
             self.model.ways[number].append(link)
+            for source, packet in self.model.found(number):
+                self.model.forwarded[link].append((source, number, packet))
 
     @rule(link=st.integers(0, 1), number=keys)
     def disappears_from_a_peer(self, link: int, number: int) -> None:
         self.bench.router.remove_forwarder(key(number), self.links[link])
         if link in self.model.ways[number]:
             self.model.ways[number].remove(link)
+            if not self.model.ways[number] and not self.model.here[number]:
+                self.model.moving[number] = 0
             self.model.left_region(number)
+
+    @rule(turns=st.integers(1, PATIENCE))
+    def time_passes(self, turns: int) -> None:
+        for _ in range(turns):
+            self.bench.router.give_up(0.0)
+            self.model.turn()
 
     def drop(self, client: BenchClient) -> None:
         if id(client) in self.model.paused:
@@ -242,7 +272,7 @@ class RouterMachine(RuleBasedStateMachine):
     @invariant()
     def counters_add_up(self) -> None:
         counters, model = self.bench.counters, self.model
-        queued = sum(map(len, model.queue.values()))
+        queued = sum(map(len, (*model.queue.values(), *model.waiting.values())))
         dropped = sum(counters.packets_dropped.values())
         assert dropped == model.dropped
         assert counters.packets_received + counters.packets_forwarded_in == (
@@ -275,6 +305,9 @@ class RouterMachine(RuleBasedStateMachine):
             for link in self.links:
                 self.bench.router.remove_forwarder(key(number), link)
         router = self.bench.router
+        for _ in range(PATIENCE):
+            router.give_up(0.0)
+        assert not router.moves
         assert not router.active
         assert not router.forwarders
         assert not router.watchers
