@@ -13,17 +13,19 @@ from pathlib import Path
 from bench.errors import BenchError
 from tests.interop.gobuild import cache_dir
 
+SHARED = Path(__file__).parent / "shared"
 COMPILE = ("gcc", "-O2", "-std=gnu11", "-Wall", "-Wextra")
 LINK = ("-lssl", "-lcrypto")
 
 
 def compiled(sources: Path, step: Callable[[str], None]) -> Path:
-    """The program made of the C files of a folder, named as the folder; from the cache if they are unchanged.
+    """The program made of the C files of a folder and of `shared`, named as the folder; from the cache if unchanged.
 
     Raises BenchError without gcc or OpenSSL's headers.
     """
     digest = hashlib.sha256(repr((COMPILE, LINK)).encode())
-    for source in sorted(sources.glob("*.[ch]")):
+    files = [file for folder in (sources, SHARED) for file in sorted(folder.glob("*.[ch]"))]
+    for source in files:
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     binary = cache_dir() / "bin" / f"{sources.name}-{digest.hexdigest()[:12]}" / sources.name
     if binary.exists():
@@ -33,7 +35,8 @@ def compiled(sources: Path, step: Callable[[str], None]) -> Path:
     binary.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=binary.parent) as scratch:
         fresh = Path(scratch, sources.name)
-        subprocess.run([*COMPILE, "-o", str(fresh), *map(str, sorted(sources.glob("*.c"))), *LINK], check=True)
+        programs = [str(file) for file in files if file.suffix == ".c"]
+        subprocess.run([*COMPILE, "-o", str(fresh), *programs, *LINK], check=True)
         fresh.rename(binary)
     return binary
 

@@ -1,6 +1,6 @@
 /* The yardstick: about the least that a single-threaded DERP relay in C with epoll and OpenSSL can do.
  *
- * net.c    connections: TCP, TLS 1.3, bytes in and out
+ * net.c    connections: TCP, TLS 1.3, bytes in and out; the buffers are of ../shared
  * relay.c  what the bytes mean: HTTP upgrade, login, packets
  *
  * What it leaves out, so that it stays small; all of it is work that a real relay does:
@@ -13,14 +13,14 @@
 #ifndef LIMIT_H
 #define LIMIT_H
 
+#include "../shared/wire.h"
+
 #include <openssl/ssl.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
 enum { KEY_LEN = 32 };
-
-void die(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
 
 enum state { TLS_HANDSHAKE, HTTP_HEAD, DERP_LOGIN, READY, CLOSED };
 

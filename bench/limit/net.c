@@ -1,15 +1,12 @@
-/* Connections. OpenSSL never touches a socket: a read event takes what waits with one recv() into a shared buffer, and
- * SSL_read decrypts from there, all of it, before anything is handled; SSL_write appends records to another shared
- * buffer, which leaves in one send(). An idle connection owns no buffer of ours, and OpenSSL releases its own. */
+/* Connections, on the buffers of ../shared: a read event takes what waits with one recv(), and decrypts all of it before
+ * anything is handled. An idle connection owns no buffer of ours, and OpenSSL releases its own. */
 #define _GNU_SOURCE                          /* accept4 */
 #include "limit.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
 #include <netinet/tcp.h>
-#include <openssl/bio.h>
 #include <openssl/err.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,64 +14,20 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-enum { IN_SIZE = 64 << 10, PLAIN_SIZE = 256 << 10, OUT_SIZE = 512 << 10, EVENTS_PER_TURN = 64, ACCEPTS_PER_TURN = 16 };
+enum { IN_SIZE = 64 << 10, PLAIN_SIZE = 256 << 10, EVENTS_PER_TURN = 64, ACCEPTS_PER_TURN = 16 };
 
 static struct {
     int epoll, listener;
     SSL_CTX *tls;
-    BIO_METHOD *bio;
     struct peer *dead;                       /* freed at the end of a turn: events may still point to them */
-    size_t in_at, in_len, out_len;
-    uint8_t in[IN_SIZE], plain[PLAIN_SIZE], out[OUT_SIZE];
+    uint8_t plain[PLAIN_SIZE];
 } net;
-
-void die(const char *format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    fputs("limit: ", stderr);
-    vfprintf(stderr, format, arguments);
-    fputc('\n', stderr);
-    va_end(arguments);
-    exit(1);
-}
-
-static int bio_read(BIO *bio, char *to, int len) {
-    size_t n = net.in_len - net.in_at;
-    BIO_clear_retry_flags(bio);
-    if (n == 0) {
-        BIO_set_retry_read(bio);
-        return -1;
-    }
-    if (n > (size_t)len)
-        n = (size_t)len;
-    memcpy(to, net.in + net.in_at, n);
-    net.in_at += n;
-    return (int)n;
-}
-
-static int bio_write(BIO *bio, const char *from, int len) {
-    BIO_clear_retry_flags(bio);
-    if (net.out_len + (size_t)len > OUT_SIZE)
-        return -1;
-    memcpy(net.out + net.out_len, from, (size_t)len);
-    net.out_len += (size_t)len;
-    return len;
-}
-
-static long bio_ctrl(BIO *bio, int command, long number, void *pointer) {
-    (void)bio, (void)number, (void)pointer;
-    return command == BIO_CTRL_FLUSH;
-}
 
 void net_init(const char *certificate, const char *key) {
     net.epoll = epoll_create1(EPOLL_CLOEXEC);
-    net.bio = BIO_meth_new(BIO_TYPE_SOURCE_SINK | BIO_get_new_index(), "shared buffers");
     net.tls = SSL_CTX_new(TLS_server_method());
-    if (net.epoll < 0 || !net.bio || !net.tls)
+    if (net.epoll < 0 || !net.tls)
         die("cannot set up epoll and OpenSSL");
-    BIO_meth_set_read(net.bio, bio_read);
-    BIO_meth_set_write(net.bio, bio_write);
-    BIO_meth_set_ctrl(net.bio, bio_ctrl);
     SSL_CTX_set_min_proto_version(net.tls, TLS1_3_VERSION);
     SSL_CTX_set_mode(net.tls, SSL_MODE_RELEASE_BUFFERS);
     SSL_CTX_set_session_cache_mode(net.tls, SSL_SESS_CACHE_OFF);
@@ -113,29 +66,22 @@ static void bury_the_dead(void) {
     }
 }
 
-static uint8_t *copy_of(const uint8_t *data, size_t len) {
-    uint8_t *copy = malloc(len);
-    if (!copy)
-        die("out of memory");
-    return memcpy(copy, data, len);
-}
-
 /* Sends what OpenSSL has written. Only its own messages (a key update) can meet a full socket: that ends the connection. */
 static void flush(struct peer *p) {
-    size_t len = net.out_len;
-    net.out_len = 0;
+    size_t len = wire.out_len;
+    wire.out_len = 0;
     if (len > 0 && p->unsent)
         peer_close(p);
     if (len == 0 || p->state == CLOSED)
         return;
-    ssize_t n = send(p->fd, net.out, len, MSG_DONTWAIT | MSG_NOSIGNAL);
+    ssize_t n = send(p->fd, wire.out, len, MSG_DONTWAIT | MSG_NOSIGNAL);
     if (n < 0 && errno != EAGAIN) {
         peer_close(p);
         return;
     }
     size_t sent = n > 0 ? (size_t)n : 0;
     if (sent < len) {
-        p->unsent = copy_of(net.out + sent, len - sent);
+        p->unsent = copy_of(wire.out + sent, len - sent);
         p->unsent_len = len - sent;
         watch(p, EPOLL_CTL_MOD, EPOLLIN | EPOLLOUT);
     }
@@ -196,15 +142,15 @@ static bool handshake(struct peer *p) {
 }
 
 static void on_readable(struct peer *p) {
-    ssize_t n = recv(p->fd, net.in, IN_SIZE, MSG_DONTWAIT);
+    ssize_t n = recv(p->fd, wire.in, IN_SIZE, MSG_DONTWAIT);
     if (n < 0 && errno == EAGAIN)
         return;
     if (n <= 0) {
         peer_close(p);
         return;
     }
-    net.in_at = 0;
-    net.in_len = (size_t)n;
+    wire.in_at = 0;
+    wire.in_len = (size_t)n;
     if (p->state == TLS_HANDSHAKE && !handshake(p))
         return;
     size_t len = decrypt(p);
@@ -222,11 +168,10 @@ static void accept_some(void) {
         if (fd < 0 && (errno == EAGAIN || errno == ECONNABORTED))
             return;
         struct peer *p = calloc(1, sizeof *p);
-        BIO *bio = BIO_new(net.bio);
-        if (fd < 0 || !p || !bio || !(p->ssl = SSL_new(net.tls)))
+        BIO *bio = wire_bio();
+        if (fd < 0 || !p || !(p->ssl = SSL_new(net.tls)))
             die("accept: %s", strerror(errno));
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-        BIO_set_init(bio, 1);
         SSL_set_bio(p->ssl, bio, bio);
         SSL_set_accept_state(p->ssl);
         p->fd = fd;

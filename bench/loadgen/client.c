@@ -9,7 +9,6 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <netinet/tcp.h>
-#include <openssl/bio.h>
 #include <openssl/err.h>
 #include <stdlib.h>
 #include <string.h>
@@ -29,47 +28,17 @@ static const char REQUEST[] =                /* one record with the login frame,
 
 /* A sender's own kernel would take megabytes that the relay does not read yet: time in there is not the relay's. */
 enum { MAX_UNSENT = 64 << 10 };
-enum { IN_SIZE = 256 << 10, EVENTS_PER_TURN = 256, PLAIN_SIZE = 1 << 20, OUT_SIZE = 1 << 20, MAX_FRAME = 128 << 10 };
+enum { EVENTS_PER_TURN = 256, PLAIN_SIZE = 1 << 20, MAX_FRAME = 128 << 10 };
 
 struct clients clients;
 
 static struct {
     int epoll;
     SSL_CTX *tls;
-    BIO_METHOD *bio;
     packet_handler *on_packet;
     uint64_t looked;
-    size_t in_at, in_len, out_len;
-    uint8_t in[IN_SIZE], plain[PLAIN_SIZE], out[OUT_SIZE];
+    uint8_t plain[PLAIN_SIZE];
 } net;
-
-static int bio_read(BIO *bio, char *to, int len) {
-    size_t n = net.in_len - net.in_at;
-    BIO_clear_retry_flags(bio);
-    if (n == 0) {
-        BIO_set_retry_read(bio);
-        return -1;
-    }
-    if (n > (size_t)len)
-        n = (size_t)len;
-    memcpy(to, net.in + net.in_at, n);
-    net.in_at += n;
-    return (int)n;
-}
-
-static int bio_write(BIO *bio, const char *from, int len) {
-    BIO_clear_retry_flags(bio);
-    if (net.out_len + (size_t)len > OUT_SIZE)
-        die("a burst does not fit into %d bytes: send smaller bursts", OUT_SIZE);
-    memcpy(net.out + net.out_len, from, (size_t)len);
-    net.out_len += (size_t)len;
-    return len;
-}
-
-static long bio_ctrl(BIO *bio, int command, long number, void *pointer) {
-    (void)bio, (void)number, (void)pointer;
-    return command == BIO_CTRL_FLUSH;
-}
 
 static size_t unhex(const char *text, uint8_t *to, size_t room) {
     size_t n = strlen(text) / 2;
@@ -96,13 +65,9 @@ static void on_secret(const SSL *ssl, const char *line) {
 void clients_init(packet_handler *on_packet) {
     net.on_packet = on_packet;
     net.epoll = epoll_create1(EPOLL_CLOEXEC);
-    net.bio = BIO_meth_new(BIO_TYPE_SOURCE_SINK | BIO_get_new_index(), "shared buffers");
     net.tls = SSL_CTX_new(TLS_client_method());
-    if (net.epoll < 0 || !net.bio || !net.tls)
+    if (net.epoll < 0 || !net.tls)
         die("cannot set up epoll and OpenSSL");
-    BIO_meth_set_read(net.bio, bio_read);
-    BIO_meth_set_write(net.bio, bio_write);
-    BIO_meth_set_ctrl(net.bio, bio_ctrl);
     SSL_CTX_set_min_proto_version(net.tls, TLS1_3_VERSION);
     SSL_CTX_set_verify(net.tls, SSL_VERIFY_NONE, NULL);      /* the relay is the caller's own child */
     SSL_CTX_set_keylog_callback(net.tls, on_secret);
@@ -146,17 +111,10 @@ bool client_blocked(const struct client *c) {
 void client_write(struct client *c, uint8_t *data, size_t len) {
     for (size_t at = 0, n; c->state != CLOSED && at < len; at += n) {
         n = len - at < RECORD_DATA ? len - at : RECORD_DATA;
-        if (net.out_len + RECORD_HEADER + n + 1 + GCM_TAG > OUT_SIZE)
-            die("a burst does not fit into %d bytes: send smaller bursts", OUT_SIZE);
-        net.out_len += record_seal(&c->to_relay, data + at, n, net.out + net.out_len);
+        if (wire.out_len + RECORD_HEADER + n + 1 + GCM_TAG > WIRE_OUT)
+            die("a burst does not fit into %d bytes: send smaller bursts", WIRE_OUT);
+        wire.out_len += record_seal(&c->to_relay, data + at, n, wire.out + wire.out_len);
     }
-}
-
-static uint8_t *copy_of(const uint8_t *data, size_t len) {
-    uint8_t *copy = malloc(len);
-    if (!copy)
-        die("out of memory");
-    return memcpy(copy, data, len);
 }
 
 static void keep_unsent(struct client *c, const uint8_t *data, size_t len) {
@@ -168,15 +126,15 @@ static void keep_unsent(struct client *c, const uint8_t *data, size_t len) {
 }
 
 void client_flush(struct client *c) {
-    size_t len = net.out_len, sent = 0;
-    net.out_len = 0;
+    size_t len = wire.out_len, sent = 0;
+    wire.out_len = 0;
     if (len == 0 || c->state == CLOSED)
         return;
     if (c->unsent_len > 0) {                 /* behind what waits already, else the records change places */
-        keep_unsent(c, net.out, len);
+        keep_unsent(c, wire.out, len);
         return;
     }
-    ssize_t n = send(c->fd, net.out, len, MSG_DONTWAIT | MSG_NOSIGNAL);
+    ssize_t n = send(c->fd, wire.out, len, MSG_DONTWAIT | MSG_NOSIGNAL);
     if (n < 0 && errno != EAGAIN) {
         client_close(c);
         return;
@@ -184,7 +142,7 @@ void client_flush(struct client *c) {
     if (n > 0)
         sent = (size_t)n;
     if (sent < len) {
-        keep_unsent(c, net.out + sent, len - sent);
+        keep_unsent(c, wire.out + sent, len - sent);
         watch(c, EPOLL_CTL_MOD, EPOLLIN | EPOLLOUT);
     }
 }
@@ -271,14 +229,14 @@ static size_t take_back(uint8_t **rest, size_t *rest_len, uint8_t *to) {
 }
 
 /* Decrypts all whole records, behind half a frame of the last time; frames are handled only afterwards, because their
- * handlers write, and net.out belongs to one client at a time. */
+ * handlers write, and wire.out belongs to one client at a time. */
 static size_t decrypt(struct client *c) {
     size_t len = take_back(&c->half_frame, &c->half_frame_len, net.plain), size, data;
-    while ((size = record_size(net.in + net.in_at, net.in_len - net.in_at)) > 0) {
+    while ((size = record_size(wire.in + wire.in_at, wire.in_len - wire.in_at)) > 0) {
         if (len + size > PLAIN_SIZE)
             die("client %u: half a frame of %zu bytes", c->index, len);
-        int type = record_open(&c->from_relay, net.in + net.in_at, size, net.plain + len, &data);
-        net.in_at += size;
+        int type = record_open(&c->from_relay, wire.in + wire.in_at, size, net.plain + len, &data);
+        wire.in_at += size;
         if (type == RECORD_APPLICATION_DATA) {
             len += data;
         } else if (type != RECORD_HANDSHAKE || data == 0 || net.plain[len] != NEW_SESSION_TICKET) {
@@ -286,9 +244,9 @@ static size_t decrypt(struct client *c) {
             return 0;
         }
     }
-    if (net.in_at < net.in_len) {
-        c->half_record_len = net.in_len - net.in_at;
-        c->half_record = copy_of(net.in + net.in_at, c->half_record_len);
+    if (wire.in_at < wire.in_len) {
+        c->half_record_len = wire.in_len - wire.in_at;
+        c->half_record = copy_of(wire.in + wire.in_at, c->half_record_len);
     }
     return len;
 }
@@ -311,16 +269,16 @@ static bool handshake(struct client *c) {
 }
 
 static void on_readable(struct client *c) {
-    size_t half = take_back(&c->half_record, &c->half_record_len, net.in);
-    ssize_t n = recv(c->fd, net.in + half, IN_SIZE - half, MSG_DONTWAIT);
+    size_t half = take_back(&c->half_record, &c->half_record_len, wire.in);
+    ssize_t n = recv(c->fd, wire.in + half, WIRE_IN - half, MSG_DONTWAIT);
     uint64_t now = now_ns();
     if (n == 0 || (n < 0 && errno != EAGAIN)) {
         client_close(c);
         return;
     }
     ERR_clear_error();
-    net.in_at = 0;
-    net.in_len = half + (n > 0 ? (size_t)n : 0);
+    wire.in_at = 0;
+    wire.in_len = half + (n > 0 ? (size_t)n : 0);
     if (c->state == TLS_HANDSHAKE && !handshake(c))
         return;
     size_t len = decrypt(c);
@@ -338,7 +296,7 @@ static void on_connected(struct client *c) {
     }
     c->state = TLS_HANDSHAKE;
     watch(c, EPOLL_CTL_MOD, EPOLLIN);
-    net.in_at = net.in_len = 0;
+    wire.in_at = wire.in_len = 0;
     handshake(c);
 }
 
@@ -376,10 +334,9 @@ static void start(struct client *c, int port, const char *source) {
     if (inet_pton(AF_INET, source, &from.sin_addr) != 1 || bind(c->fd, (struct sockaddr *)&from, sizeof from) < 0)
         die("%s is no address to connect from: %s", source, strerror(errno));
     c->ssl = SSL_new(net.tls);
-    BIO *bio = BIO_new(net.bio);
-    if (!c->ssl || !bio)
+    BIO *bio = wire_bio();
+    if (!c->ssl)
         die("out of memory");
-    BIO_set_init(bio, 1);
     SSL_set_bio(c->ssl, bio, bio);
     SSL_set_connect_state(c->ssl);
     SSL_set_app_data(c->ssl, (void *)(uintptr_t)c->index);

@@ -12,6 +12,8 @@
 #ifndef LOADGEN_H
 #define LOADGEN_H
 
+#include "../shared/wire.h"
+
 #include <openssl/ssl.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -21,7 +23,6 @@
 enum { KEY_LEN = 32, FRAME_HEADER = 5, MAX_PACKET = 64 << 10 };
 
 uint64_t now_ns(void);                       /* monotonic clock */
-void die(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
 
 /* ---- gcm.c ---- */
 

@@ -11,7 +11,6 @@
  */
 #include "loadgen.h"
 
-#include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -20,16 +19,6 @@ uint64_t now_ns(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
-void die(const char *format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    fputs("loadgen: ", stderr);
-    vfprintf(stderr, format, arguments);
-    fputc('\n', stderr);
-    va_end(arguments);
-    exit(1);
 }
 
 static void command_open(const char *arguments) {
