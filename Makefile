@@ -98,7 +98,7 @@ test-api: venv ## a real kube-apiserver (needs Go)
 test-e2e: venv ## the embedded cluster (needs Go, root and Linux)
 	@echo "==> end-to-end tests, on a real cluster"; $(BIN)/pytest tests/e2e $(ARGS)
 
-bench: venv ## packets per second and more, against stock derper in the same run (about 40 minutes; ARGS=--quick: 2)
+bench: venv ## packets per second and more, against stock derper in the same run (about half an hour; ARGS=--quick: 3 minutes; ARGS=--resume goes on)
 	@$(RUN) bench $(ARGS)
 
 bench-scale: venv ## 9 nodes with 20,000 clients: the mesh's control plane, against stock derper (about five minutes)

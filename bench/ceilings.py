@@ -68,8 +68,7 @@ class Ceiling(Scenario):
 
     def _below(self, field: Field, where: str, rate: float) -> Iterator[Figure]:
         run = field.run_calmly(self.load.at(rate))
-        note = "" if run.loss_free else run.limit or f"{run.result.loss:.1%} lost"
-        yield Figure(f"p99 latency {where}", run.result.latency.p99, "us", "less", note)
+        yield Figure(f"p99 latency {where}", run.result.latency.p99, "us", "less", run.note)
         yield Figure(f"unread for at most, p99 {where}", run.result.unread.p99, "us")
 
     def _overload(self, field: Field, ceiling: float) -> Iterator[Figure]:

@@ -101,9 +101,8 @@ class Workers(Scenario):
         rate = self.rate or 0.8 * (rig.ceiling(self.load) or HALF_LOAD)
         one, two = (self._with(rig, workers, rate) for workers in (1, 2))
         cost = two.microseconds_per_packet / one.microseconds_per_packet
-        note = "" if two.loss_free else two.limit or f"{two.result.loss:.1%} lost"
         yield Figure("CPU per packet, one worker", one.microseconds_per_packet, "us", "less")
-        yield Figure("CPU per packet, two workers", two.microseconds_per_packet, "us", "less", note)
+        yield Figure("CPU per packet, two workers", two.microseconds_per_packet, "us", "less", two.note)
         yield Figure("CPU per packet, two workers to one", cost, "", "less")
 
     def _with(self, rig: Rig, workers: int, rate: float) -> Run:

@@ -15,6 +15,7 @@ CEILING: Final = "loss-free ceiling"
 OFFERED_AT_3X: Final = "offered at 3x"
 GENERATOR_BOUND: Final = "generator-bound"
 """The beginning of a note on a figure that the generator limited, not the relay."""
+DISTURBED: Final = "disturbed by others on the machine"
 LEFT_OUT: Final = "left out"
 """The figure of a row that stands for a scenario which a relay cannot do; its note says why."""
 

@@ -24,7 +24,8 @@ CPU per packet is what the kernel charges to the relay, the loopback network inc
 relay could do more: the kernel's part of a write alone keeps a core from more than some 430,000 writes per second.
 Latencies go from just before a packet's write to the return of the recv that had it. `unread` is the part that packets
 may have waited for the generator to look, at most. A window for latencies is repeated, up to four times, while other
-processes keep relay or generator from their cores for more than 1 % of it, as the kernel tells; the calmest one counts.
+processes keep relay or generator from their cores for more than 1 % of it, as the kernel tells; the calmest one counts,
+and is `disturbed` if it was more than 3 %.
 Across the mesh both relays share the relays' core.
 
 `Two workers` and the generator share both cores. `Twice the clients` is what can be seen of two workers beside a

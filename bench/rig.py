@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from bench import machine
-from bench.figures import CEILING, GENERATOR_BOUND, Row
+from bench.figures import CEILING, DISTURBED, GENERATOR_BOUND, Row
 from bench.generator import Flow, Generator, Paced, PingPong, Result, Shape
 from bench.relays import Relay
 from bench.search import Lattice
@@ -21,6 +21,8 @@ HALF_LOAD = 50e3
 """Packets per second, for a part of a ceiling that is not known."""
 CALM = 0.01
 CALM_TRIES = 4
+NOISY = 0.03
+"""Twice what the threads of stock derper wait for each other."""
 
 
 @dataclass(frozen=True)
@@ -202,10 +204,10 @@ class Field:
         for _ in range(CALM_TRIES):
             before = self._waiting_seconds()
             run = self.run(*loads)
-            tried.append((self._waiting_seconds() - before, run))
-            if tried[-1][0] < CALM * self.effort.long:
+            tried.append(replace(run, waited=(self._waiting_seconds() - before) / self.effort.long))
+            if tried[-1].waited < CALM:
                 break
-        return min(tried, key=lambda one: one[0])[1]
+        return min(tried, key=lambda run: run.waited)
 
     def _cpu_seconds(self) -> float:
         return sum(relay.cpu_seconds() for relay in self.relays)
@@ -225,11 +227,15 @@ def on_one_relay(rig: Rig, clients: int, *, relay: Relay | None = None) -> Itera
 
 @dataclass(frozen=True)
 class Run:
-    """A result, the rate that was asked for (packets/s, 0 in a closed loop) and the relays' CPU seconds."""
+    """A result, the rate that was asked for (packets/s, 0 in a closed loop) and the relays' CPU seconds.
+
+    `waited` is the share of the window in which relay or generator waited for a core, where that was looked at.
+    """
 
     result: Result
     wanted: float
     relay_seconds: float
+    waited: float = 0.0
 
     @property
     def microseconds_per_packet(self) -> float:
@@ -247,8 +253,14 @@ class Run:
         return self.offered and self.result.loss <= TOLERATED_LOSS
 
     @property
+    def note(self) -> str:
+        """What to know of its latencies: that packets were lost, or that others had the cores for too long."""
+        lost = "" if self.loss_free else self.limit or f"{self.result.loss:.1%} lost"
+        return ", ".join(filter(None, (lost, DISTURBED if self.waited > NOISY else "")))
+
+    @property
     def limit(self) -> str:
         """Why this run was no success; nothing to say when it was the relay."""
         if self.offered or self.result.loss > TOLERATED_LOSS:
             return ""
-        return GENERATOR_BOUND if self.result.busy >= BUSY else "disturbed: others used the generator's core"
+        return GENERATOR_BOUND if self.result.busy >= BUSY else DISTURBED

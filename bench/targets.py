@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from bench.figures import CEILING, GENERATOR_BOUND, OFFERED_AT_3X, Comparison, Side, line, number
+from bench.figures import CEILING, DISTURBED, GENERATOR_BOUND, OFFERED_AT_3X, Comparison, Side, line, number
 
 __all__ = ["TARGETS", "YARDSTICK", "Target", "Verdict", "judge", "needs_yardstick", "table"]
 
@@ -127,7 +127,9 @@ def _verdict(target: Target, found: Mapping[tuple[str, str], Comparison]) -> Ver
         return Verdict(target, measured, GENERATOR_BOUND, _offered(target, found, holds))
     if target.to and _bound(comparison.sides[target.to]):
         return Verdict(target, measured, GENERATOR_BOUND, f"{target.to} may do more")
-    return Verdict(target, measured, "met" if holds else "missed")
+    if holds:
+        return Verdict(target, measured, "met")
+    return Verdict(target, measured, "missed", DISTURBED * any(DISTURBED in note for note in ours.notes))
 
 
 def _offered(target: Target, found: Mapping[tuple[str, str], Comparison], holds: bool) -> str:

@@ -204,6 +204,12 @@ def test_an_overload_that_was_not_offered_says_how_far_it_went(latency: float, w
     assert f"| **limited by the generator**: offered 450 of 1200 kpps; there the bound is {words} |" in table
 
 
+def test_a_target_missed_beside_others_says_so() -> None:
+    target = next(t for t in targets.TARGETS if t.figure == "p99 latency at 80 % of the ceiling")
+    rows = [figures.Row(0, "ours", target.scenario, target.figure, 9e3, "us", "less", figures.DISTURBED, 0)]
+    assert f"| **missed**: {figures.DISTURBED} |" in targets.table(targets.judge(figures.compare(rows, SIDES)))
+
+
 def test_the_yardstick_is_needed_where_a_target_speaks_of_it() -> None:
     assert targets.needs_yardstick("1300 B, 10 pairs, 1x8")
     assert not targets.needs_yardstick("1300 B, 100 pairs, 1x8")
@@ -245,6 +251,15 @@ def test_a_process_is_counted_with_its_children() -> None:
         child.wait()
     assert machine.cpu_seconds(os.getpid()) > 0
     assert machine.resident_bytes(os.getpid()) > 1 << 20
+
+
+def test_a_process_runs_and_waits_with_all_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for thread in ("7", "8"):
+        (tmp_path / "7" / "task" / thread).mkdir(parents=True)
+        (tmp_path / "7" / "task" / thread / "schedstat").write_text("3000000000 500000000 42\n")
+        (tmp_path / "7" / "task" / thread / "children").write_text("")
+    monkeypatch.setattr(machine, "PROC", tmp_path)
+    assert (machine.cpu_seconds(7), machine.waiting_seconds(7)) == (6, 1)
 
 
 def test_foreign_share_leaves_out_what_the_benchmark_used() -> None:

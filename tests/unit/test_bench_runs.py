@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
 from bench import __main__ as command
 from bench import figures, machine, raw, relays, sizing
+from bench import rig as measure
 from bench.errors import BenchError, SkipError
 from bench.figures import Row
-from bench.rig import CALM, CALM_TRIES, Effort, Field, Figure, Known, Rig, Scenario
+from bench.generator import Result, Times
+from bench.rig import CALM, NOISY, Field, Figure, Known, Rig, Scenario
 from bench.run import Run
 from bench.scenarios import FULL_EFFORT
 
@@ -36,6 +38,11 @@ def test_what_a_run_keeps_can_be_read_while_it_runs(tmp_path: Path) -> None:
     assert found.has(0, "two", "ours")
     assert not found.has(1, "two", "ours")
     assert not found.has(0, "two", "stock")
+
+
+def test_the_baseline_is_the_first_relay_of_the_first_round() -> None:
+    rows = [_row(side="ours", number=1), _row(side="stock"), _row(side="ours")]
+    assert raw.Raw(FACTS, rows).sides == ("stock", "ours")
 
 
 def test_a_run_goes_on_only_with_its_own_file(tmp_path: Path) -> None:
@@ -146,21 +153,33 @@ def test_a_run_that_was_ended_measures_what_lacks_and_nothing_twice(tmp_path: Pa
 
 # ---- a calm window ----
 
+TIMES = Times(0, 0, 0, 0, 0)
+RESULT = Result(1, 0.5, 100, 0, 100, 100, 100, 0, 0, 1, TIMES, TIMES, TIMES)
+
 
 def test_the_calmest_window_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    effort = Effort(0.1, 0, 1.0, 0, FULL_EFFORT.lattice)
-    field = Field(None, [], effort)  # type: ignore[arg-type]
+    field = Field(None, [], FULL_EFFORT)  # type: ignore[arg-type]
 
-    def measured(waiting: Sequence[float]) -> int:
-        runs, clock = iter(range(10)), iter([t for wait in waiting for t in (0.0, wait)])
+    def measured(*waiting: float) -> tuple[float, float]:
+        runs = iter(measure.Run(RESULT, number, 0) for number in range(10))
+        seconds = iter([second for wait in waiting for second in (0.0, wait * FULL_EFFORT.long)])
         monkeypatch.setattr(Field, "run", lambda self: next(runs))
-        monkeypatch.setattr(Field, "_waiting_seconds", lambda self: next(clock))
-        return field.run_calmly()  # type: ignore[return-value]
+        monkeypatch.setattr(Field, "_waiting_seconds", lambda self: next(seconds))
+        found = field.run_calmly()
+        return found.wanted, found.waited
 
     calm, disturbed = 0.9 * CALM, 2 * CALM
-    assert measured([calm]) == 0
-    assert measured([disturbed, calm]) == 1
-    assert measured([disturbed + 2, disturbed, disturbed + 1, disturbed + 3][:CALM_TRIES]) == 1
+    assert measured(calm) == (0, calm)
+    assert measured(disturbed, calm) == (1, calm)
+    assert measured(disturbed + 2, disturbed, disturbed + 1, disturbed + 3) == (1, disturbed)
+
+
+def test_a_latency_says_what_it_is_worth() -> None:
+    calm = measure.Run(RESULT, wanted=100, relay_seconds=0)
+    assert calm.note == ""
+    assert replace(calm, waited=NOISY + 0.01).note == figures.DISTURBED
+    lossy = replace(calm, result=replace(RESULT, delivered=90), waited=NOISY + 0.01)
+    assert lossy.note == f"10.0% lost, {figures.DISTURBED}"
 
 
 # ---- the report and docs/sizing.md ----
