@@ -27,6 +27,7 @@ from .metrics import Metrics
 from .probe import ask
 from .queue import WorkQueue
 from .reconcile import Reconciler
+from .resolve import resolve
 
 PASS_TIMEOUT: Final = 60.0
 STUCK_AFTER: Final = 120.0
@@ -105,7 +106,7 @@ class Operator:
         self._watches = Watches(time.monotonic)
         self._watching = self._leading = self._standby = False
         cluster = CountingCluster(kube, self._metrics.writes, self._watches)
-        self._reconciler = Reconciler(cluster, ask, system_maker(), chosen.relay_image)
+        self._reconciler = Reconciler(cluster, ask, resolve, system_maker(), chosen.relay_image)
         self._queue: WorkQueue[tuple[str, str]] = WorkQueue(
             self._work, clock=time.monotonic, random=random.random, workers=chosen.workers
         )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 from . import conditions
 from .conditions import Finding
-from .spec import AddressType, Region
+from .resolve import Resolution
+from .spec import Region
+
+_UNREADABLE: Final = "cannot be read by the operator (it needs the right to get nodes)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,35 +30,42 @@ class Endpoint:
         return self.ipv4 if self.ipv4 not in ("", "none") else self.ipv6
 
 
-def endpoint(
-    region: Region,
-    pod_name: str,
-    service: Mapping[str, Any] | None,
-    pod: Mapping[str, Any] | None,
-    node: Mapping[str, Any] | None,
-) -> Endpoint | Finding:
-    """The endpoint of a pod, or what is in the way.  `node` is the Node that the pod runs on, None if not readable."""
-    exposure = region.exposure
-    if exposure.type == "HostPort":
-        ports = _host_ports(pod)  # the spec may have others, which this pod gets when it is replaced
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What tells where a pod is reached: its Service, itself, the Node that it runs on (None if not readable).
+
+    `resolved` is what DNS says about names of load balancers; `known` are the addresses that clients have now.
+    """
+
+    service: Mapping[str, Any] | None = None
+    pod: Mapping[str, Any] | None = None
+    node: Mapping[str, Any] | None = None
+    resolved: Mapping[str, Resolution] = field(default_factory=dict)
+    known: Collection[str] = ()
+
+
+def endpoint(region: Region, name: str, place: Place) -> Endpoint | Finding:
+    """The endpoint of the pod `name`, or what is in the way."""
+    if region.exposure.type == "HostPort":
+        ports = _host_ports(place.pod)  # the spec may have others, which this pod gets when it is replaced
         if not {"derp", "stun"} <= ports.keys():
-            return _pending(f"Pod {pod_name} has no host ports yet.")
-        return _on_node(region, pod_name, pod, node, ports["derp"], ports["stun"])
-    if service is None:
-        return _pending(f"Service {pod_name} is not there yet.")
-    served = {port["name"]: port for port in service["spec"].get("ports", ())}
+            return _pending(f"Pod {name} has no host ports yet.")
+        return _reached(region, name, _on_node(region, name, place), ports["derp"], ports["stun"])
+    if place.service is None:
+        return _pending(f"Service {name} is not there yet.")
+    served = {port["name"]: port for port in place.service["spec"].get("ports", ())}
     if not {"derp", "stun"} <= served.keys():
-        return _pending(f"Service {pod_name} has no ports yet.")
-    if exposure.type == "NodePort":
-        derp, stun = (served[name].get("nodePort") for name in ("derp", "stun"))
+        return _pending(f"Service {name} has no ports yet.")
+    if region.exposure.type == "NodePort":
+        derp, stun = (served[port].get("nodePort") for port in ("derp", "stun"))
         if not derp or not stun:
-            return _pending(f"Service {pod_name} has no node ports yet.")
-        return _on_node(region, pod_name, pod, node, derp, stun)
+            return _pending(f"Service {name} has no node ports yet.")
+        return _reached(region, name, _on_node(region, name, place), derp, stun)
     derp, stun = served["derp"]["port"], served["stun"]["port"]
-    if exposure.type == "ClusterIP":
-        found = [ip for ip in service["spec"].get("clusterIPs", ()) if ip != "None"]
-        return _endpoint(found, derp, stun) or _pending(f"Service {pod_name} has no cluster address yet.")
-    return _at_load_balancer(region, pod_name, service, derp, stun)
+    if region.exposure.type == "ClusterIP":
+        found = [ip for ip in place.service["spec"].get("clusterIPs", ()) if ip != "None"]
+        return _reached(region, name, found or _pending(f"Service {name} has no cluster address yet."), derp, stun)
+    return _at_load_balancer(region, name, place, derp, stun)
 
 
 def node_addresses(node: Mapping[str, Any], kind: str) -> list[str]:
@@ -71,60 +81,78 @@ def _host_ports(pod: Mapping[str, Any] | None) -> dict[str, int]:
     return {port["name"]: port["hostPort"] for port in ports if "name" in port and "hostPort" in port}
 
 
-def _on_node(
-    region: Region,
-    pod_name: str,
-    pod: Mapping[str, Any] | None,
-    node: Mapping[str, Any] | None,
-    derp: int,
-    stun: int,
-) -> Endpoint | Finding:
-    if pod is None or not pod["spec"].get("nodeName"):
-        return _pending(f"Pod {pod_name} runs on no node yet.")
-    kind: AddressType = region.exposure.address_type
-    external = node_addresses(node, "ExternalIP") if node and kind != "InternalIP" else []
-    internal = [item["ip"] for item in pod.get("status", {}).get("hostIPs", ())]
-    if kind == "ExternalIP" and not external:
-        name = pod["spec"]["nodeName"]
-        why = "has no ExternalIP" if node else "cannot be read by the operator (it needs the right to get nodes)"
-        return Finding(
-            conditions.ADDRESS_UNUSABLE,
-            f"Node {name} {why}: give it one, or set addressType: InternalIP.",
-            blocked=True,
-        )
-    return _endpoint(external or internal, derp, stun) or _pending(f"Pod {pod_name} has no node address yet.")
+def _on_node(region: Region, name: str, place: Place) -> list[str] | Finding:
+    if place.pod is None or not place.pod["spec"].get("nodeName"):
+        return _pending(f"Pod {name} runs on no node yet.")
+    exposure, node = region.exposure, place.pod["spec"]["nodeName"]
+    if exposure.address_label:
+        return _labelled(exposure.address_label, node, place.node)
+    external = node_addresses(place.node, "ExternalIP") if place.node and exposure.address_type != "InternalIP" else []
+    if exposure.address_type == "ExternalIP" and not external:
+        why = "has no ExternalIP" if place.node else _UNREADABLE
+        return _unusable(f"Node {node} {why}: give it one, or set addressType: InternalIP.")
+    internal = [item["ip"] for item in place.pod.get("status", {}).get("hostIPs", ())]
+    return external or internal or _pending(f"Pod {name} has no node address yet.")
 
 
-def _at_load_balancer(
-    region: Region, pod_name: str, service: Mapping[str, Any], derp: int, stun: int
-) -> Endpoint | Finding:
-    ingress = service.get("status", {}).get("loadBalancer", {}).get("ingress") or []
-    found = _endpoint([item["ip"] for item in ingress if item.get("ip")], derp, stun)
-    if found:
-        return found
-    names = [item["hostname"] for item in ingress if item.get("hostname")]
-    if not names:
-        return _pending(f"Service {pod_name} has no load balancer address yet.")
+def _labelled(label: str, name: str, node: Mapping[str, Any] | None) -> list[str] | Finding:
+    if node is None:
+        return _unusable(f"Node {name} {_UNREADABLE}: spec.exposure's addressLabel needs it.")
+    meta = node["metadata"]
+    text = (meta.get("labels") or {}).get(label) or (meta.get("annotations") or {}).get(label)
+    if not text:
+        return _unusable(f"Node {name} has no label or annotation {label}: set it to the node's public address.")
+    found = [part.strip() for part in text.split(",")]
+    if not all(map(_is_address, found)):
+        return _unusable(f"Node {name} has {text!r} in {label}: write an IP address, or several with commas between.")
+    return found
+
+
+def _at_load_balancer(region: Region, name: str, place: Place, derp: int, stun: int) -> Endpoint | Finding:
+    ingress = (place.service or {}).get("status", {}).get("loadBalancer", {}).get("ingress") or []
+    addresses = [item["ip"] for item in ingress if _is_address(item.get("ip") or "")]
+    hosts = [item["hostname"] for item in ingress if item.get("hostname")]
+    if addresses:
+        return _reached(region, name, addresses, derp, stun)
+    if not hosts:
+        return _pending(f"Service {name} has no load balancer address yet.")
     if region.tls.host_name == "Template":
         return Endpoint("", "", derp, stun)
-    return Finding(
-        conditions.ADDRESS_UNUSABLE,
-        f"The load balancer of Service {pod_name} has no IP address, only the name {names[0]}: set tls.hostName: "
-        "Template with names that lead there.",
-        blocked=True,
-    )
+    found = place.resolved.get(hosts[0], Resolution(fault="not asked yet"))
+    if not found.addresses:
+        return _pending(
+            f"The load balancer of Service {name} has no address but the name {hosts[0]}, for which DNS has none "
+            f"({found.fault}): the last known address stays."
+        )
+    # Several addresses come in any order: the one that clients have is as good as another.
+    return _reached(region, name, sorted(found.addresses, key=lambda ip: ip not in place.known), derp, stun)
 
 
-def _endpoint(addresses: Iterable[str], derp: int, stun: int) -> Endpoint | None:
-    """The first address of each family; None if there is no address at all."""
-    first: dict[int, str] = {}
-    for text in addresses:
-        try:
-            address = ipaddress.ip_address(text)
-        except ValueError:
-            continue
-        first.setdefault(address.version, str(address))
-    return Endpoint(first.get(4, "none"), first.get(6, "none"), derp, stun) if first else None
+def _reached(region: Region, name: str, found: list[str] | Finding, derp: int, stun: int) -> Endpoint | Finding:
+    """The first address of each family that clients are to have."""
+    if isinstance(found, Finding):
+        return found
+    first: dict[str, str] = {}
+    for address in map(ipaddress.ip_address, filter(_is_address, found)):
+        family = f"IPv{address.version}"
+        if not region.exposure.families or family in region.exposure.families:
+            first.setdefault(family, str(address))
+    if not first:
+        wanted = " or ".join(region.exposure.families) or "IP"
+        return _pending(f"Pod {name} is reached under no {wanted} address yet.")
+    return Endpoint(first.get("IPv4", "none"), first.get("IPv6", "none"), derp, stun)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _unusable(message: str) -> Finding:
+    return Finding(conditions.ADDRESS_UNUSABLE, message, blocked=True)
 
 
 def _pending(message: str) -> Finding:

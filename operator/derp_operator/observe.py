@@ -7,7 +7,7 @@ import base64
 import binascii
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from . import names
@@ -16,6 +16,7 @@ from .kube import ApiError, Cluster, Object
 from .probe import Answer, Prober, Target
 from .references import Data
 from .render import identities
+from .resolve import Resolution, Resolver
 from .spec import Region
 
 
@@ -23,7 +24,8 @@ from .spec import Region
 class Seen:
     """One look at the cluster.  `pods` by name, `secrets` those of the user.
 
-    `nodes` by name: only readable ones, and None for those that a pod still names but that have gone.
+    `nodes` by name: only readable ones, and None for those that a pod still names but that have gone.  `resolved` is
+    what DNS says about the names of load balancers.
     """
 
     live: Mapping[Identity, Object]
@@ -31,6 +33,7 @@ class Seen:
     nodes: Mapping[str, Object | None]
     secrets: Mapping[str, Data]
     clients: Data
+    resolved: Mapping[str, Resolution] = field(default_factory=dict)
 
     @property
     def given(self) -> list[Data]:
@@ -48,7 +51,7 @@ class Seen:
         return None if item is None else content(item, kind)
 
 
-async def look(cluster: Cluster, region: Region) -> Seen:
+async def look(cluster: Cluster, region: Region, resolver: Resolver) -> Seen:
     """Read everything that a pass over the region depends on, straight from the API server: no cache, no stale view."""
     live, pods, secrets, clients = await asyncio.gather(
         read_children(cluster, region),
@@ -62,6 +65,7 @@ async def look(cluster: Cluster, region: Region) -> Seen:
         nodes=await _nodes(cluster, region, pods),
         secrets=secrets,
         clients=clients,
+        resolved=await _resolved(region, live, resolver),
     )
     wanted = identities(region, seen.members(region))
     live.update(await find_unlabelled(cluster, region, wanted, live))
@@ -122,6 +126,16 @@ async def _clients(cluster: Cluster, region: Region) -> Data:
     source = region.clients.keys_from
     item = await cluster.get(source.kind, region.namespace, source.name) if source else None
     return content(item, source.kind) if source and item else None
+
+
+async def _resolved(region: Region, live: Mapping[Identity, Object], resolver: Resolver) -> dict[str, Resolution]:
+    """The names of load balancers; in mode Template, clients ask DNS themselves."""
+    if region.exposure.type != "LoadBalancer" or region.tls.host_name == "Template":
+        return {}
+    services = (item for (kind, _), item in live.items() if kind == "Service")
+    ingress = (entry for item in services for entry in item["status"].get("loadBalancer", {}).get("ingress") or ())
+    wanted = sorted({entry["hostname"] for entry in ingress if entry.get("hostname") and not entry.get("ip")})
+    return dict(zip(wanted, await asyncio.gather(*map(resolver, wanted)), strict=True))
 
 
 async def _nodes(cluster: Cluster, region: Region, pods: Iterable[Object]) -> dict[str, Object | None]:

@@ -10,7 +10,7 @@ from typing import Any
 from derper.derpmap import DERPMap, DERPNode
 
 from . import conditions, names, references
-from .addresses import Endpoint, endpoint
+from .addresses import Endpoint, Place, endpoint
 from .conditions import Finding
 from .keyring import KeyRing, Maker, NodeKeys, extend
 from .observe import Seen, address, recorded_nodes
@@ -53,7 +53,7 @@ def plan(region: Region, seen: Seen, now: datetime, maker: Maker) -> Plan:
     derpmap = published_map(region, seen)
     published = nodes_of(region, derpmap)
     recorded = recorded_nodes(seen, region)
-    found = {pod: _endpoint(region, seen, pod) for pod in region.pods}
+    found = {pod: _endpoint(region, seen, pod, published) for pod in region.pods}
     endpoints = {pod: item for pod, item in found.items() if isinstance(item, Endpoint)}
     by_address = region.tls.host_name == "Address"
     ring = extend(
@@ -93,13 +93,15 @@ def _known(region: Region, recorded: Mapping[str, Any], published: Mapping[str, 
     return set(recorded) | {numbered[name] for name in published}
 
 
-def _endpoint(region: Region, seen: Seen, pod: str) -> Endpoint | Finding:
+def _endpoint(region: Region, seen: Seen, pod: str, published: Mapping[str, DERPNode]) -> Endpoint | Finding:
     running = seen.pods.get(pod)
     name = running["spec"].get("nodeName", "") if running else ""
     node = seen.nodes.get(name)
     if name in seen.nodes and node is None:  # without the Node its ExternalIP would look like none
         return Finding(conditions.ADDRESS_PENDING, f"Node {name}, which pod {pod} was on, has gone.")
-    return endpoint(region, pod, seen.live.get(("Service", pod)), running, node)
+    old = published.get(names.node_name(region.region_id, int(pod.rpartition("-")[2])))
+    known = (old.ipv4, old.ipv6) if old else ()
+    return endpoint(region, pod, Place(seen.live.get(("Service", pod)), running, node, seen.resolved, known))
 
 
 def _host_names(

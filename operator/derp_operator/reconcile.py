@@ -24,6 +24,7 @@ from .plan import Plan, plan, published_map
 from .probe import Prober
 from .publish import publish
 from .render import Inputs, children, config_hash, identities
+from .resolve import Resolver
 from .spec import InvalidSpec, Region, parse
 from .status import Status, blocked, findings, health, paused, rejected, status
 
@@ -42,6 +43,7 @@ class Reconciler:
 
     cluster: Cluster
     prober: Prober
+    resolver: Resolver
     maker: Maker
     image: str
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
@@ -66,7 +68,7 @@ class Reconciler:
         return self._next_look(new)
 
     async def _pass(self, region: Region, previous: Mapping[str, Any]) -> Status:
-        seen = await look(self.cluster, region)
+        seen = await look(self.cluster, region, self.resolver)
         wanted = identities(region, seen.members(region))
         foreign = taken(region, wanted, seen.live)
         if foreign:

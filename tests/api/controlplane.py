@@ -102,7 +102,7 @@ def _apiserver(directory: Path, address: str) -> list[str]:
         "--endpoint-reconciler-type=none",
         "--secure-port=6443",
         f"--etcd-servers=http://{address}:2379",
-        "--service-cluster-ip-range=198.19.0.0/16",
+        "--service-cluster-ip-range=198.19.0.0/16,fd00:198:19::/112",
         f"--client-ca-file={directory}/ca.crt",
         f"--tls-cert-file={directory}/apiserver.crt",
         f"--tls-private-key-file={directory}/apiserver.key",

@@ -18,6 +18,7 @@ from derp_operator.kube import ApiError, Cluster, Kube, Object
 from derp_operator.observe import content
 from derp_operator.probe import Answer, Target
 from derp_operator.reconcile import Reconciler
+from derp_operator.resolve import Resolution
 
 from .controlplane import ControlPlane
 
@@ -48,6 +49,7 @@ class World:
     def __init__(self, kube: Kube, namespace: str, name: str = "berlin") -> None:
         self.kube, self.namespace, self.name = kube, namespace, name
         self.relays = Relays()
+        self.dns: dict[str, Resolution] = {}
         self.writes: Counter[str] = Counter()
         self.skew = timedelta()
         self.maker: Maker = system_maker()
@@ -58,7 +60,10 @@ class World:
     def reconciler(self, cluster: Cluster | None = None) -> Reconciler:
         """A fresh one: it knows nothing."""
         counting = CountingCluster(cluster or self.kube, self.writes, Watches(lambda: 0.0))
-        return Reconciler(counting, self.relays.ask, self.maker, "localhost/derper:dev", self.now)
+        return Reconciler(counting, self.relays.ask, self.resolve, self.maker, "localhost/derper:dev", self.now)
+
+    async def resolve(self, name: str) -> Resolution:
+        return self.dns.get(name, Resolution(fault="Name or service not known"))
 
     async def reconcile(self, cluster: Cluster | None = None) -> float | None:
         return await self.reconciler(cluster).reconcile(self.namespace, self.name)
@@ -147,6 +152,11 @@ class World:
         await self.kube._request(
             "PATCH", path, {}, {"status": {"addresses": addresses}}, "application/merge-patch+json"
         )
+
+    async def node_meta(self, number: int, **meta: Mapping[str, str | None]) -> None:
+        """Labels and annotations of the Node of a pod; None removes one."""
+        path = f"api/v1/nodes/{self.namespace}-node-{number}"
+        await self.kube._request("PATCH", path, {}, {"metadata": meta}, "application/merge-patch+json")
 
     async def lose_node(self, number: int) -> None:
         """A Node goes; its pod is still named, and will be for a while."""

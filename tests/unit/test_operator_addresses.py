@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from derp_operator.addresses import Endpoint, endpoint
+from derp_operator.addresses import Endpoint, Place, endpoint
 from derp_operator.conditions import Finding
+from derp_operator.resolve import Resolution
 
 from .operatorkit import region
 
@@ -29,15 +30,18 @@ def pod(*ips: str, node: str = "node1", ports: tuple[int, int] = (443, 3478)) ->
 
 def node(*external: str) -> Object:
     addresses = [{"type": "InternalIP", "address": "198.51.100.1"}]
-    return {"status": {"addresses": addresses + [{"type": "ExternalIP", "address": ip} for ip in external]}}
+    external_ips = [{"type": "ExternalIP", "address": ip} for ip in external]
+    return {"metadata": {}, "status": {"addresses": addresses + external_ips}}
 
 
 def find(kind: str, found_service: Object | None, found_pod: Object | None = None, found_node: Object | None = None,
          **options: Any) -> Endpoint | Finding:  # fmt: skip
-    tls = options.pop("tls", {})
+    tls, families = options.pop("tls", {}), options.pop("families", [])
+    resolved, known = options.pop("resolved", {}), options.pop("known", ())
     key = kind[0].lower() + kind[1:]
-    exposure = {"type": kind} | ({key: options} if options else {})
-    return endpoint(region(exposure=exposure, tls=tls), "berlin-0", found_service, found_pod, found_node)
+    exposure = {"type": kind, "ipFamilies": families} | ({key: options} if options else {})
+    place = Place(found_service, found_pod, found_node, resolved, known)
+    return endpoint(region(exposure=exposure, tls=tls), "berlin-0", place)
 
 
 @pytest.mark.parametrize(
@@ -111,10 +115,75 @@ def test_what_is_not_there_yet_is_waited_for(found: Endpoint | Finding) -> None:
     assert "berlin-0" in found.message
 
 
-def test_a_balancer_with_a_name_only_needs_names_for_clients() -> None:
-    named = service(status={"loadBalancer": {"ingress": [{"hostname": "lb.example.net"}]}})
-    found = find("LoadBalancer", named)
+def test_families_that_are_not_wanted_stay_out() -> None:
+    both = pod("198.18.0.1", "2001:db8::1")
+    assert find("NodePort", service(), both, families=["IPv6"]) == Endpoint("none", "2001:db8::1", 30443, 30478)
+    assert find("NodePort", service(), both, families=["IPv4"]) == Endpoint("198.18.0.1", "none", 30443, 30478)
+    found = find("NodePort", service(), pod("198.18.0.1"), families=["IPv6"])
+    assert isinstance(found, Finding)
+    assert (found.reason, found.message) == ("AddressPending", "Pod berlin-0 is reached under no IPv6 address yet.")
+
+
+LABEL = "example.com/public-ip"
+
+
+@pytest.mark.parametrize(
+    ("meta", "expected"),
+    [
+        ({"labels": {LABEL: "203.0.113.1"}}, ("203.0.113.1", "none")),
+        ({"annotations": {LABEL: "2001:DB8::1, 203.0.113.1"}}, ("203.0.113.1", "2001:db8::1")),
+        ({"labels": {LABEL: "203.0.113.1"}, "annotations": {LABEL: "203.0.113.2"}}, ("203.0.113.1", "none")),
+    ],
+)
+def test_nodes_may_say_their_address_in_a_label(meta: Object, expected: tuple[str, str]) -> None:
+    found = find("NodePort", service(), pod("198.18.0.1"), node("192.0.2.1") | {"metadata": meta}, addressLabel=LABEL)
+    assert found == Endpoint(*expected, 30443, 30478)
+
+
+@pytest.mark.parametrize(
+    ("found_node", "words"),
+    [
+        (None, "cannot be read"),
+        (node("192.0.2.1"), f"has no label or annotation {LABEL}"),
+        ({"metadata": {"labels": {LABEL: "here"}}}, f"has 'here' in {LABEL}: write an IP address"),
+        ({"metadata": {"annotations": {LABEL: "192.0.2.1,"}}}, "write an IP address"),
+    ],
+)
+def test_a_label_without_an_address_is_told(found_node: Object | None, words: str) -> None:
+    found = find("HostPort", None, pod("198.18.0.1"), found_node, addressLabel=LABEL)
     assert isinstance(found, Finding)
     assert (found.reason, found.blocked) == ("AddressUnusable", True)
+    assert words in found.message
+
+
+NAMED = service(status={"loadBalancer": {"ingress": [{"hostname": "lb.example.net"}]}})
+
+
+def test_the_name_of_a_balancer_is_looked_up() -> None:
+    resolved = {"lb.example.net": Resolution(("192.0.2.1", "192.0.2.2", "2001:db8::1", "2001:db8::2"))}
+    assert find("LoadBalancer", NAMED, resolved=resolved) == Endpoint("192.0.2.1", "2001:db8::1", 443, 3478)
+    for known in (("192.0.2.2", "none"), ("192.0.2.2", "2001:db8::2")):
+        found = find("LoadBalancer", NAMED, resolved=resolved, known=known)
+        assert isinstance(found, Endpoint)
+        assert found.ipv4 == "192.0.2.2", "what clients have is as good as another"
+        assert found.ipv6 == ("2001:db8::2" if known[1] != "none" else "2001:db8::1")
+    gone = find("LoadBalancer", NAMED, resolved=resolved, known=("192.0.2.9", "none"))
+    assert gone == Endpoint("192.0.2.1", "2001:db8::1", 443, 3478)
+
+
+def test_an_address_of_a_balancer_goes_before_its_name() -> None:
+    ingress = [{"hostname": "lb.example.net"}, {"ip": "192.0.2.7"}]
+    found = find("LoadBalancer", service(status={"loadBalancer": {"ingress": ingress}}))
+    assert found == Endpoint("192.0.2.7", "none", 443, 3478)
+
+
+@pytest.mark.parametrize("resolved", [{}, {"lb.example.net": Resolution(fault="Name or service not known")}])
+def test_a_name_without_addresses_is_waited_for(resolved: dict[str, Resolution]) -> None:
+    found = find("LoadBalancer", NAMED, resolved=resolved)
+    assert isinstance(found, Finding)
+    assert (found.reason, found.blocked) == ("AddressPending", False)
     assert "lb.example.net" in found.message
-    assert find("LoadBalancer", named, tls=TEMPLATE) == Endpoint("", "", 443, 3478)
+
+
+def test_clients_ask_dns_themselves_for_names_of_their_own() -> None:
+    assert find("LoadBalancer", NAMED, tls=TEMPLATE) == Endpoint("", "", 443, 3478)

@@ -22,6 +22,8 @@ KEEPS: list[Spec] = [
     {"exposure": {"type": "ClusterIP"}},
     {"exposure": {"type": "LoadBalancer", "loadBalancer": {"derpPort": 8443, "sourceRanges": ["192.0.2.0/24"]}}},
     {"exposure": {"type": "NodePort", "nodePort": {"derpPortBase": 30443, "stunPortBase": 30478}}},
+    {"exposure": {"type": "NodePort", "nodePort": {"addressLabel": "a", "externalTrafficPolicy": "Cluster"}}},
+    {"exposure": {"type": "NodePort", "nodePort": {"annotations": {"a": "{pod}"}}, "ipFamilies": ["IPv4"]}},
     {"tls": {"hostName": "Address"}},
     {"clients": {"verifyURLs": ["https://headscale.example.com/verify"], "failOpen": True}},
     {"limits": {"acceptConnectionsPerSecond": 10, "clientBytesPerSecond": 1}},
@@ -182,6 +184,27 @@ def test_services_keep_the_clients_address_and_serve_before_readiness() -> None:
         assert spec.get("externalTrafficPolicy") == policy
         assert spec["publishNotReadyAddresses"] is True
         assert [port["protocol"] for port in spec["ports"]] == ["TCP", "UDP"]
+
+
+def test_a_traffic_policy_and_families_are_as_given() -> None:
+    node_port = {"externalTrafficPolicy": "Cluster"}
+    for families, policy in ((["IPv6"], "SingleStack"), (["IPv6", "IPv4"], "RequireDualStack")):
+        exposure = {"type": "NodePort", "nodePort": node_port, "ipFamilies": families}
+        spec = find(manifests(region(exposure=exposure)), "Service", "berlin-1")["spec"]
+        assert (spec["externalTrafficPolicy"], spec["ipFamilyPolicy"], spec["ipFamilies"]) == (
+            "Cluster",
+            policy,
+            families,
+        )
+
+
+@pytest.mark.parametrize("kind", ["LoadBalancer", "NodePort", "ClusterIP"])
+def test_annotations_may_name_the_pod(kind: str) -> None:
+    key = "clusterIP" if kind == "ClusterIP" else kind[0].lower() + kind[1:]
+    annotations = {"hostname": "{pod}.{region}.example.com", "json": '{"a": {"b": "{ordinal}"}}'}
+    found = manifests(region(exposure={"type": kind, key: {"annotations": annotations}}))
+    expected = {"hostname": "berlin-1.berlin.example.com", "json": '{"a": {"b": "1"}}'}
+    assert find(found, "Service", "berlin-1")["metadata"]["annotations"] == expected
 
 
 def test_node_ports_count_up_from_their_base() -> None:

@@ -49,6 +49,14 @@ def test_templates() -> None:
         ({"exposure": {"type": "NodePort", "nodePort": {"derpPortBase": 65534}}}, "derpPortBase is 65534"),
         ({"exposure": {"type": "NodePort", "nodePort": {"derpPortBase": 30000, "stunPortBase": 30002}}}, "3 apart"),
         ({"exposure": {"loadBalancer": {"sourceRanges": ["here"]}}}, "sourceRanges has 'here'"),
+        (
+            {"exposure": {"ipFamilies": ["IPv4", "IPv4"]}},
+            "spec.exposure.ipFamilies is IPv4, IPv4: it is IPv4, IPv6, or",
+        ),
+        (
+            {"exposure": {"type": "NodePort", "nodePort": {"addressLabel": "a", "addressType": "InternalIP"}}},
+            "addressLabel and addressType InternalIP",
+        ),
         ({"tls": {"hostName": "Template"}}, "spec.tls.hostNameTemplate is missing"),
         ({"tls": TEMPLATE}, "spec.tls.certificates is empty"),
         ({"tls": CERTIFICATES}, "do not apply to hostName Generated"),

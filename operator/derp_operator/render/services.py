@@ -6,6 +6,7 @@ it out: clients try the next node only when the TCP dial fails.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from .. import names
@@ -37,10 +38,11 @@ def pod_service(region: Region, pod: str, ordinal: int) -> dict[str, Any]:
     exposure = region.exposure
     manifest = child(region, "v1", "Service", pod, pod)
     if exposure.annotations:
-        manifest["metadata"]["annotations"] = dict(exposure.annotations)
+        values = region.variables(pod)
+        manifest["metadata"]["annotations"] = {key: _filled(text, values) for key, text in exposure.annotations.items()}
     manifest["spec"] = {
         "type": exposure.type,
-        "ipFamilyPolicy": "PreferDualStack",
+        **_families(exposure),
         "publishNotReadyAddresses": True,
         "selector": {_POD_NAME_LABEL: pod},
         "ports": _ports(exposure, ordinal),
@@ -48,12 +50,27 @@ def pod_service(region: Region, pod: str, ordinal: int) -> dict[str, Any]:
     return manifest
 
 
+def _filled(text: str, values: Mapping[str, str]) -> str:
+    """Braces may well mean something else to whom the annotation is for."""
+    for name, value in values.items():
+        text = text.replace(f"{{{name}}}", value)
+    return text
+
+
+def _families(exposure: Exposure) -> dict[str, Any]:
+    """Of one or two given families the cluster must have all, or it says so; else what the cluster has."""
+    if not exposure.families:
+        return {"ipFamilyPolicy": "PreferDualStack"}
+    policy = "SingleStack" if len(exposure.families) == 1 else "RequireDualStack"
+    return {"ipFamilyPolicy": policy, "ipFamilies": list(exposure.families)}
+
+
 def _external(exposure: Exposure) -> dict[str, Any]:
     if exposure.type not in ("LoadBalancer", "NodePort"):
         return {}
     return without_empty(
         {
-            "externalTrafficPolicy": "Local",  # the relay's STUN must see the client's own address
+            "externalTrafficPolicy": exposure.traffic_policy,
             "loadBalancerClass": exposure.load_balancer_class,
             "loadBalancerSourceRanges": list(exposure.source_ranges),
         }

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 ExposureType = Literal["LoadBalancer", "NodePort", "HostPort", "ClusterIP"]
 AddressType = Literal["Auto", "ExternalIP", "InternalIP"]
+Family = Literal["IPv4", "IPv6"]
 
 _OPTIONS: Final[Mapping[str, str]] = {
     "LoadBalancer": "loadBalancer",
@@ -23,7 +24,10 @@ _OPTIONS: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Exposure:
-    """How clients reach a pod.  With bases for `NodePort`, ordinal i gets base + i; else the API server chooses."""
+    """How clients reach a pod.  With bases for `NodePort`, ordinal i gets base + i; else the API server chooses.
+
+    `families` empty: those that the cluster has.  `address_label` names a label, or else annotation, of Nodes.
+    """
 
     type: ExposureType = "LoadBalancer"
     derp_port: int = 443
@@ -31,6 +35,9 @@ class Exposure:
     derp_port_base: int | None = None
     stun_port_base: int | None = None
     address_type: AddressType = "Auto"
+    address_label: str | None = None
+    families: tuple[Family, ...] = ()
+    traffic_policy: Literal["Local", "Cluster"] = "Local"
     load_balancer_class: str | None = None
     annotations: Mapping[str, str] = field(default_factory=dict)
     source_ranges: tuple[str, ...] = ()
@@ -52,6 +59,9 @@ def parse(spec: Mapping[str, Any], problems: list[str]) -> Exposure:
         derp_port_base=options.get("derpPortBase"),
         stun_port_base=options.get("stunPortBase"),
         address_type=options.get("addressType", "Auto"),
+        address_label=options.get("addressLabel"),
+        families=tuple(spec.get("ipFamilies") or ()),
+        traffic_policy=options.get("externalTrafficPolicy", "Local"),
         load_balancer_class=options.get("loadBalancerClass"),
         annotations=dict(options.get("annotations") or {}),
         source_ranges=tuple(options.get("sourceRanges") or ()),
@@ -59,7 +69,7 @@ def parse(spec: Mapping[str, Any], problems: list[str]) -> Exposure:
 
 
 def check(region: Region) -> list[str]:
-    return [*_check_bases(region), *_check_ranges(region.exposure)]
+    return [*_check_bases(region), *_check_ranges(region.exposure), *_check_addresses(region.exposure)]
 
 
 def _check_bases(region: Region) -> list[str]:
@@ -73,6 +83,18 @@ def _check_bases(region: Region) -> list[str]:
         found.append(
             f"spec.exposure.nodePort has derpPortBase {derp} and stunPortBase {stun}: a port is either TCP or UDP, "
             f"so with {region.replicas} replicas they must be at least {region.replicas} apart."
+        )
+    return found
+
+
+def _check_addresses(exposure: Exposure) -> list[str]:
+    found = []
+    if len(set(exposure.families)) < len(exposure.families) or not {"IPv4", "IPv6"}.issuperset(exposure.families):
+        found.append(f"spec.exposure.ipFamilies is {', '.join(exposure.families)}: it is IPv4, IPv6, or one of each.")
+    if exposure.address_label and exposure.address_type != "Auto":
+        found.append(
+            f"spec.exposure has addressLabel and addressType {exposure.address_type}: the label says which address it "
+            "is, so remove addressType."
         )
     return found
 

@@ -53,9 +53,12 @@ class Region:
 
     def host_name(self, pod: str) -> str:
         """The name that `tls.hostNameTemplate` gives to a pod.  Only for mode Template."""
+        return tls.expand(self.tls.template or "", self.variables(pod))
+
+    def variables(self, pod: str) -> dict[str, str]:
+        """What templates may name about a pod."""
         ordinal = pod.rpartition("-")[2]
-        values = {"pod": pod, "ordinal": ordinal, "region": self.name, "namespace": self.namespace}
-        return tls.expand(self.tls.template or "", values)
+        return {"pod": pod, "ordinal": ordinal, "region": self.name, "namespace": self.namespace}
 
 
 def parse(resource: Mapping[str, Any]) -> Region:
