@@ -57,7 +57,8 @@ class PeerConnection(asyncio.BufferedProtocol):
         self._transport.write(data)
 
     def abort(self) -> None:
-        """Close now; `closed` will say so."""
+        """Close now; `closed` will say so.  Who looks whether it is `writable` sends nothing any more."""
+        self.writable = False
         self._transport.abort()
 
     # -- asyncio.BufferedProtocol

@@ -17,7 +17,7 @@ from derper.client import Client
 from derper.net import meshlink
 from derper.net.listener import SocketOptions
 from derper.net.mesh import Mesh, Peer, Timings
-from derper.net.meshlink import MeshLink
+from derper.net.meshlink import MeshLink, PeerConnection
 from derper.relay.counters import Counters, DropReason
 from derper.wire import frames
 from derper.wire.client import PeerGone, ReceivedPacket
@@ -464,6 +464,42 @@ async def test_what_waits_for_a_link_that_breaks_is_counted() -> None:
     full.link.close()
     assert full.dropped(DropReason.GONE_DISCONNECTED) == (6, 0 + 1 + 2 + 3 + 4 + 5)
     assert full.counters.packets_forwarded_out == 0
+
+
+class Detached:
+    """A client whose transport a link takes; it is the transport, too."""
+
+    writable = True
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def detach(self, _: object) -> tuple[Detached, bytes]:
+        return self, b""
+
+    def set_write_buffer_limits(self, high: int) -> None:
+        pass
+
+    def write(self, data: bytes) -> None:
+        self.calls.append("write")
+
+    def abort(self) -> None:
+        self.calls.append("abort")
+
+
+async def test_packets_for_a_link_that_was_just_aborted_are_not_counted_as_forwarded(node: LoopbackRelay) -> None:
+    """Until the loop says that the connection is gone, too."""
+    client, full = Detached(), FullLink()
+    connection = PeerConnection(node.hub, client)  # type: ignore[arg-type]
+    full.link = MeshLink(connection, full.counters, node.hub.loop, stall=1000.0, stalled=full.stalled.set)
+    full.forward(*PACKETS[:3])
+    connection.abort()
+    full.forward(*PACKETS[3:])
+    await asyncio.sleep(0)
+    assert client.calls == ["abort"]
+    full.link.close()
+    assert full.counters.packets_forwarded_out == 0
+    assert full.dropped(DropReason.GONE_DISCONNECTED) == (6, 0 + 1 + 2 + 3 + 4 + 5)
 
 
 async def test_a_link_that_stays_full_is_given_up() -> None:
