@@ -53,6 +53,7 @@ cdef extern from *:
     int SO_BUF_LOCK
 
 cdef enum:
+    RECORD = 16 << 10  # bytes, the most that one has
     QUEUE = 128 << 10  # bytes that may wait to be received when there is more than can be handled
     PATIENCE = 4  # turns
 
@@ -71,6 +72,7 @@ cdef class Transport(Stream):
     cdef bint is_client
     cdef bint is_waiting  # the loop will call `_go_on`
     cdef bint is_bounded  # its receive queue
+    cdef Py_ssize_t room  # of the protocol's last buffer
     cdef int behind  # turns in a row in which a turn's worth was waiting, or, once it is bounded, was not
     cdef int stop  # why OpenSSL reads no more for now, 0 if only the protocol's space was too small
     cdef object failure  # the exception for that, if it is one
@@ -234,12 +236,14 @@ cdef class Transport(Stream):
         if poller.receiver is not None:  # we are called from within a callback of its
             (<Transport>poller.receiver)._hold()
         self._drop_unread()
-        cdef ssize_t size = self._take(poller.received, TURN)
+        # A small buffer takes little now, and the rest would have to be held.
+        cdef Py_ssize_t most = self.room + RECORD if self.room <= RECORD else TURN
+        cdef ssize_t size = self._take(poller.received, most)
         if size > 0:
             self.inbox.at = poller.received
             self.inbox.size = size
             poller.receiver = self
-            if (size < TURN) == self.is_bounded:
+            if (size < most) == self.is_bounded:
                 self._watch_queue()
             elif self.behind:
                 self.behind = 0
@@ -307,6 +311,7 @@ cdef class Transport(Stream):
         """Decrypt what has come."""
         cdef Py_ssize_t total = 0
         cdef int size
+        self.room = space
         self.stop = 0
         openssl.ERR_clear_error()
         while total < space:

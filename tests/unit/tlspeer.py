@@ -16,9 +16,9 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from ..tls import trusting
 
-__all__ = ["HANDSHAKE", "KEY_UPDATE", "Forge", "Peer", "client_context"]
+__all__ = ["APPLICATION_DATA", "HANDSHAKE", "KEY_UPDATE", "Forge", "Peer", "client_context"]
 
-HANDSHAKE = 22  # the type of a record
+HANDSHAKE, APPLICATION_DATA = 22, 23  # types of records
 KEY_UPDATE = b"\x18\0\0\1\1"  # which asks for one in return (RFC 8446, 4.6.3)
 
 
@@ -134,7 +134,16 @@ class Forge:
         self._hash = hashlib.sha384 if "SHA384" in cipher[0] else hashlib.sha256
         lines: Sequence[str] = key_log.read_text().splitlines()
         secret = bytes.fromhex(next(line.split()[2] for line in lines if line.startswith("CLIENT_TRAFFIC_SECRET_0")))
-        self._aead = AESGCM(self._expand(secret, b"key", 32 if "256" in cipher[0] else 16))
+        self._key_size = 32 if "256" in cipher[0] else 16
+        self._use(secret)
+
+    def update(self) -> None:
+        """Go on with the next key, as after a KeyUpdate."""
+        self._use(self._expand(self._secret, b"traffic upd", self._hash().digest_size))
+
+    def _use(self, secret: bytes) -> None:
+        self._secret = secret
+        self._aead = AESGCM(self._expand(secret, b"key", self._key_size))
         self._iv = self._expand(secret, b"iv", 12)
         self._count = 0
 
