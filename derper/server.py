@@ -46,6 +46,7 @@ from .net.tls import ServerTLS, utc_now
 from .ports import StartError, cannot_listen, open_health, open_stun
 from .relay.limits import TokenBucket, changed
 from .relay.session import Remote
+from .selfcheck import Pace, SelfCheck
 from .state import RelayState
 from .text import host_port
 from .wire import frames
@@ -71,12 +72,14 @@ class Timings:
     drain_step: float = 0.2  #: between two groups
     flush: float = 0.2  #: for the last words to the last group
     mesh: MeshTimings = field(default_factory=MeshTimings)
+    check: Pace = field(default_factory=Pace)
 
 
 class Relay:
     """One relay.  Create it inside the running loop."""
 
     number = 0  #: among the workers of its node
+    checks_itself = True  #: with a settings file, see `selfcheck`
 
     def __init__(
         self,
@@ -114,6 +117,8 @@ class Relay:
         self._accepts: TokenBucket | None = None
         self._asked_to_reload = asyncio.Event()
         self._dns_task: asyncio.Task[None] | None = None
+        self._check = SelfCheck(config.listen_host, self._port, tls=config.tls, pace=timings.check)
+        self._check_task: asyncio.Task[None] | None = None
         self.options = SocketOptions(config.tcp_keep_alive, config.tcp_user_timeout)
 
     # -- life ----------------------------------------------------------------------------------------------
@@ -133,6 +138,8 @@ class Relay:
         loop = asyncio.get_running_loop()
         self._poll_task = loop.create_task(self._follow_files())
         self._dns_task = loop.create_task(self.bootstrap_dns.run())
+        if self.config.settings and self.checks_itself:
+            self._check_task = loop.create_task(self._check.run())
 
     def reload(self) -> None:
         """Read all files now, whether they look changed or not (SIGHUP; stock derper reads its rate config then)."""
@@ -160,7 +167,7 @@ class Relay:
     async def close(self) -> None:
         """Close everything at once."""
         self.draining = True
-        for task in (self._poll_task, self._dns_task):
+        for task in (self._poll_task, self._dns_task, self._check_task):
             if task is not None:
                 task.cancel()
         self._close_ports()
@@ -305,6 +312,9 @@ class Relay:
         self._fronts += listener, reception
         return listener
 
+    def _port(self) -> int | None:
+        return self.listener.port if self.listener is not None else None
+
     def _accept_limit(self) -> TokenBucket | None:
         """The bucket of new connections; a change of the limit does not fill it."""
         limits, now = self.state.limits, asyncio.get_running_loop().time()
@@ -372,6 +382,8 @@ class Relay:
             reasons.append("the certificate has expired")
         if not reasons and self.listener is None:
             reasons.append("not listening yet")
+        if not reasons and self._check.fault:
+            reasons.append(self._check.fault)
         return reasons
 
     def problems(self) -> list[str]:

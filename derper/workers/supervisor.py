@@ -31,6 +31,7 @@ from ..net.stun import STUNServer
 from ..net.tls import utc_now
 from ..ports import StartError, cannot_listen, open_health, open_stun
 from ..relay.limits import TokenBucket, changed
+from ..selfcheck import SelfCheck
 from ..server import announce
 from ..state import RelayState
 from ..text import reason
@@ -82,6 +83,7 @@ class Supervisor:
         self._retired: Tree = {}  # counters of workers that have ended
         self._samples: dict[WorkerProcess, Sample] = {}  # what each said last
         self._differ_since: float | None = None
+        self._check = SelfCheck(config.listen_host, self._port, tls=config.tls)
 
     # -- life ------------------------------------------------------------------------------------------------
 
@@ -112,6 +114,8 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         self._keepers = [loop.create_task(self._keep(number)) for number in range(self._count)]
         self._keepers.append(loop.create_task(self._watch()))
+        if self._config.settings:
+            self._keepers.append(loop.create_task(self._check.run()))
 
     async def _until_all_have_started(self) -> None:
         """Raises `StartError`."""
@@ -266,6 +270,9 @@ class Supervisor:
         except OSError as error:
             raise cannot_listen("TCP", config.listen_host, port, error, flag) from None
 
+    def _port(self) -> int | None:
+        return self._acceptors[PORT].port if PORT in self._acceptors else None
+
     def _close_ports(self) -> None:
         for acceptor in self._acceptors.values():
             acceptor.close()
@@ -326,9 +333,11 @@ class Supervisor:
         pulses = self._pulses()
         if not pulses:
             return ["no worker runs"]
-        if any(not pulse.reasons for pulse in pulses):
-            return [] if self._acceptors else [self._port_problem or "not listening yet"]
-        return list(dict.fromkeys(reason for pulse in pulses for reason in pulse.reasons))
+        if all(pulse.reasons for pulse in pulses):
+            return list(dict.fromkeys(reason for pulse in pulses for reason in pulse.reasons))
+        if not self._acceptors:
+            return [self._port_problem or "not listening yet"]
+        return [self._check.fault] if self._check.fault else []
 
     def problems(self) -> list[str]:
         """What is wrong with any worker."""

@@ -35,6 +35,8 @@ _ANSWER_SECONDS: Final = 5.0
 class WorkerRelay(Relay):
     """What the supervisor does, it leaves out: STUN, pages, accepting.  What it is asked, all workers answer."""
 
+    checks_itself = False  # the supervisor does
+
     def __init__(
         self, config: Config, place: Place, channel: Callable[[], Channel], private_key: NodePrivate | None
     ) -> None:
