@@ -191,19 +191,17 @@ def _as_text(report: RegionReport) -> str:
         rows.append(
             [entry.node.name, _where(entry.node), *map(milliseconds, (entry.tcp, entry.derp, entry.stun)), result]
         )
-    names = [entry.node.name for entry in report.nodes]
-    mesh = [["FROM \\ TO", *names]]
-    for start in names:
-        mesh.append([start, *(_way(report, start, end) for end in names)])
+    parts = [f"Region {region.region_id} ({region.region_code})", table(rows)]
+    if len(report.nodes) > 1:
+        parts += ["Packets through the mesh", _mesh_table(report)]
     problems = [f"{start} -> {end}: {way}" for (start, end), way in report.mesh.items() if isinstance(way, str)]
     verdict = "All is well." if report.ok else "Something is wrong."
-    parts = [
-        f"Region {region.region_id} ({region.region_code})",
-        table(rows),
-        "Packets through the mesh",
-        table(mesh),
-    ]
     return "\n\n".join([*parts, *problems, verdict])
+
+
+def _mesh_table(report: RegionReport) -> str:
+    names = [entry.node.name for entry in report.nodes]
+    return table([["FROM \\ TO", *names], *([start, *(_way(report, start, end) for end in names)] for start in names)])
 
 
 def _where(node: DERPNode) -> str:

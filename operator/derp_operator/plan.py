@@ -36,13 +36,12 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`settings` are the members of the mesh by pod, `published` the map that stands and its nodes by name."""
+    """`settings` are the members of the mesh by pod, `published` the nodes of the map that stands, by name."""
 
     members: list[str]
     ring: KeyRing
     settings: Mapping[str, SettingsNode]
     nodes: list[Node]
-    derpmap: DERPMap | None
     published: Mapping[str, DERPNode]
     findings: list[Finding]
 
@@ -50,8 +49,7 @@ class Plan:
 def plan(region: Region, seen: Seen, now: datetime, maker: Maker) -> Plan:
     """What follows from one look at the cluster."""
     members = seen.members(region)
-    derpmap = published_map(region, seen)
-    published = nodes_of(region, derpmap)
+    published = nodes_of(region, published_map(region, seen))
     recorded = recorded_nodes(seen, region)
     found = {pod: _endpoint(region, seen, pod, published) for pod in region.pods}
     endpoints = {pod: item for pod, item in found.items() if isinstance(item, Endpoint)}
@@ -71,7 +69,6 @@ def plan(region: Region, seen: Seen, now: datetime, maker: Maker) -> Plan:
         ring=ring,
         settings=_settings(region, members, ring, recorded),
         nodes=[_node(region, pod, hosts.get(pod), endpoints.get(pod), seen) for pod in region.pods],
-        derpmap=derpmap,
         published=published,
         findings=[
             *_key_findings(ring),

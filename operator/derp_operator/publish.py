@@ -38,7 +38,8 @@ class Candidate:
 def publish(region: Region, published: Mapping[str, DERPNode], candidates: Sequence[Candidate]) -> DERPMap | None:
     """The map to publish: `published` (its nodes by name) brought up to date, or None as long as there is none to give.
 
-    `candidates` are the nodes that the spec wants, by ordinal.
+    `candidates` are the nodes that the spec wants, by ordinal.  The map is one region with its nodes in this order;
+    `layout` makes of it what each ConfigMap holds.
     """
     if not any(candidate.name in published for candidate in candidates):
         complete = all(candidate.answers for candidate in candidates)
@@ -83,11 +84,11 @@ def read(region: Region, data: Mapping[str, str] | None) -> DERPMap | None:
 
 
 def nodes_of(region: Region, derpmap: DERPMap | None) -> dict[str, DERPNode]:
-    """The nodes of this region in a published map, by name."""
+    """The nodes of this region in a published map of any layout, by name, as nodes of one region."""
     own = (names.node_name(region.region_id, ordinal) for ordinal in range(region.replicas))
     wanted = frozenset(own)
-    regions = derpmap.regions.values() if derpmap else ()
-    return {node.name: node for item in regions for node in item.nodes if node.name in wanted}
+    nodes = (node for item in (derpmap.regions.values() if derpmap else ()) for node in item.nodes)
+    return {node.name: dataclasses.replace(node, region_id=region.region_id) for node in nodes if node.name in wanted}
 
 
 def _map(region: Region, nodes: Sequence[DERPNode]) -> DERPMap:

@@ -76,7 +76,7 @@ class Reconciler:
         planned = plan(region, seen, self.now(), self.maker)
         replies = await answers(self.prober, [node.target for node in planned.nodes if node.target])
         nodes = health(planned, seen, replies, self.now())
-        derpmap = publish(region, planned.published, [item.candidate for item in nodes]) or planned.derpmap
+        derpmap = publish(region, planned.published, [item.candidate for item in nodes])
         manifests = children(region, Inputs(self.image, planned.members, planned.ring.data, planned.settings, derpmap))
         refused: Sequence[Finding] = ()
         if region.paused:

@@ -13,6 +13,7 @@ from derper.derpmap import DERPMap
 from . import conditions, names
 from .apply import Identity
 from .conditions import Finding, timestamp
+from .layout import region_id
 from .observe import Seen, is_ready
 from .plan import Node, Plan
 from .probe import Answer
@@ -210,7 +211,7 @@ def status(
         "readyReplicas": sum(item.ready for item in nodes),
         "selector": names.label_selector(names.selector(region.name)),
         "inMap": f"{len(inside)}/{region.replicas}",
-        "nodes": [_node_status(item, inside) for item in nodes],
+        "nodes": [_node_status(region, item, inside) for item in nodes],
         "conditions": conditions.conditions(found, region.generation, previous.get("conditions", ()), now),
     }
     expiries = [item.node.not_after for item in nodes if item.node.not_after]
@@ -243,11 +244,12 @@ def blocked(found: Iterable[Finding], generation: int, previous: Mapping[str, An
     }
 
 
-def _node_status(item: Health, inside: Mapping[str, Any]) -> dict[str, Any]:
+def _node_status(region: Region, item: Health, inside: Mapping[str, Any]) -> dict[str, Any]:
     node = item.node
     result: dict[str, Any] = {
         "name": node.name,
         "pod": node.pod,
+        "regionID": region_id(region, region.map.forms[0], int(node.pod.rpartition("-")[2])),
         "ready": item.ready and item.finding is None,
         "mesh": f"{item.links}/{item.peers}",
         "inMap": node.name in inside,

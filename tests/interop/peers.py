@@ -222,6 +222,7 @@ class TailnetHarness:
 
     `async with TailnetHarness(binary, derp_map, workdir) as net` brings it up; every process ends with the block.
     The nodes run on this host: the map's addresses must be reachable from it. `env` may name a CA (SSL_CERT_FILE).
+    `own` are the first maps of nodes that begin with another one.
     """
 
     def __init__(
@@ -232,13 +233,16 @@ class TailnetHarness:
         *,
         names: Sequence[str] = ("a", "b"),
         env: Mapping[str, str] | None = None,
+        own: Mapping[str, DERPMap] | None = None,
     ) -> None:
         self.nodes: dict[str, TailnetNode] = {}
         self._binary = binary
         self._workdir = workdir
         self._names = names
         self._env = env
-        self._maps: dict[str, DERPMap] = dict.fromkeys(names, derp_map)
+        self._first = derp_map
+        self._own = own or {}
+        self._maps: dict[str, DERPMap] = {**dict.fromkeys(names, derp_map), **self._own}
         self._stack = AsyncExitStack()
         self._streams = 0
 
@@ -256,10 +260,12 @@ class TailnetHarness:
     async def _start(self) -> None:
         self._workdir.mkdir(parents=True, exist_ok=True)
         first = self._workdir / "derpmap.json"
-        first.write_text(json.dumps(self._maps[self._names[0]]))
+        first.write_text(json.dumps(self._first))
         argv: list[str | Path] = [self._binary, "control", f"-map={first}"]
         self._control = await self._stack.enter_async_context(LineProcess(argv, self._workdir / "control.log"))
         url = (await self._control.events.expect("ready"))["url"]
+        for name, derp_map in self._own.items():
+            await self._control.command("set_map", map=derp_map, node=name)
         for name in self._names:
             node = TailnetNode(self._binary, name, url, self._workdir, self._env)
             self.nodes[name] = await self._stack.enter_async_context(node)

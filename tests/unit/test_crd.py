@@ -153,11 +153,7 @@ def test_the_operator_reads_every_field_and_no_other() -> None:
     defined = set(leaves(schema()["properties"]["spec"], ""))
     assert defined - read == set()
     # The options of all types are read alike, so the parser may ask one type for the options of another.
-    assert {path for path in read - defined if not path.startswith(".exposure.")} <= RESERVED
-
-
-RESERVED = {".map.avoid", ".map.layout"}
-"""What the operator knows and the API does not offer (yet)."""
+    assert {path for path in read - defined if not path.startswith(".exposure.")} == set()
 
 
 def leaves(field: Mapping[str, Any], path: str) -> Iterator[str]:

@@ -108,7 +108,7 @@ class Table:
         planned = plan(self.region, seen, NOW, self.maker)
         asked = {node.pod for node in planned.nodes if node.target}
         judged = health(planned, seen, {name: item for name, item in self.answers.items() if name in asked}, NOW)
-        derpmap = publish(self.region, planned.published, [item.candidate for item in judged]) or planned.derpmap
+        derpmap = publish(self.region, planned.published, [item.candidate for item in judged])
         made = children(self.region, Inputs("derper", planned.members, planned.ring.data, planned.settings, derpmap))
         self.live.update({(item["kind"], item["metadata"]["name"]): item for item in made})
         owner = self.live["StatefulSet", "berlin"]
@@ -134,6 +134,7 @@ def test_a_region_that_is_fine() -> None:
     assert found["nodes"][0] == {
         "name": "900a",
         "pod": "berlin-0",
+        "regionID": 900,
         "ready": True,
         "mesh": "2/2",
         "inMap": True,

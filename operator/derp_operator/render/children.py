@@ -12,7 +12,7 @@ from derper.derpmap import DERPMap
 
 from .. import names
 from ..spec import Region
-from .config import SettingsNode, derp_map, keys_secret, settings_map
+from .config import SettingsNode, derp_maps, keys_secret, settings_map
 from .policy import disruption_budget, network_policy, service_account
 from .services import mesh_service, pod_service
 from .statefulset import stateful_set
@@ -64,7 +64,7 @@ def children(region: Region, inputs: Inputs) -> list[dict[str, Any]]:
         settings_map(region, inputs.settings),
         mesh_service(region),
         *_pod_services(region, inputs.members),
-        *([derp_map(region, inputs.derpmap)] if inputs.derpmap else []),
+        *(derp_maps(region, inputs.derpmap) if inputs.derpmap else []),
         stateful_set(region, inputs.image),
     ]
 

@@ -10,7 +10,8 @@ from typing import Any
 from derper.derpmap import DERPMap
 
 from .. import names
-from ..spec import Region
+from ..layout import lay_out
+from ..spec import MapForm, Region
 from .meta import child
 
 Settings = dict[str, Any]
@@ -44,8 +45,12 @@ def settings_node(
     }
 
 
-def derp_map(region: Region, derpmap: DERPMap) -> dict[str, Any]:
-    """The ConfigMap for clients: tailcfg's JSON, and Headscale's YAML."""
+def derp_maps(region: Region, derpmap: DERPMap) -> list[dict[str, Any]]:
+    """The ConfigMaps for clients: tailcfg's JSON, and Headscale's YAML."""
+    return [_derp_map(region, form, lay_out(region, form, derpmap)) for form in region.map.forms]
+
+
+def _derp_map(region: Region, form: MapForm, derpmap: DERPMap) -> dict[str, Any]:
     return child(region, "v1", "ConfigMap", names.derp_map(region.name)) | {
         "data": {names.MAP_JSON: derpmap.to_json(), names.MAP_YAML: derpmap.to_yaml()}
     }

@@ -6,7 +6,7 @@ break a region, for objects that were stored under an older schema, and hold wha
 """
 
 from .clients import Clients, KeySource
-from .derpmap import MapOptions
+from .derpmap import Layout, MapForm, MapOptions
 from .errors import InvalidSpec
 from .exposure import AddressType, Exposure, ExposureType
 from .limits import Limits
@@ -24,7 +24,9 @@ __all__ = [
     "HostNameMode",
     "InvalidSpec",
     "KeySource",
+    "Layout",
     "Limits",
+    "MapForm",
     "MapOptions",
     "PodOptions",
     "Region",

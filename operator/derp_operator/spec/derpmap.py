@@ -1,17 +1,38 @@
-"""`spec.map`: what the DERP map says of the region besides its nodes."""
+"""`spec.map`: in which forms the DERP map is published, and what it says of the region besides its nodes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+if TYPE_CHECKING:
+    from .region import Region
+
+Layout = Literal["Region", "RegionPerNode"]
+
+LAST_ID: Final = 999
+
+
+@dataclass(frozen=True, slots=True)
+class MapForm:
+    """One of the ConfigMaps that hold the map: all have the same nodes.
+
+    `layout`: all nodes in one region, in order of preference, or a region for each.
+    """
+
+    layout: Layout = "Region"
 
 
 @dataclass(frozen=True, slots=True)
 class MapOptions:
+    """`first_region_id` is that of ordinal 0 in layout `RegionPerNode`; None: the region's own."""
+
     latitude: float | None = None
     longitude: float | None = None
     no_measure_no_home: bool = False
+    first_region_id: int | None = None
+    forms: tuple[MapForm, ...] = (MapForm(),)
 
 
 def parse(spec: Mapping[str, Any]) -> MapOptions:
@@ -19,7 +40,21 @@ def parse(spec: Mapping[str, Any]) -> MapOptions:
         latitude=_degrees(spec.get("latitude")),
         longitude=_degrees(spec.get("longitude")),
         no_measure_no_home=bool(spec.get("noMeasureNoHome", False)),
+        first_region_id=spec.get("firstRegionID"),
+        forms=(MapForm(layout=spec.get("layout", "Region")),),
     )
+
+
+def check(region: Region) -> list[str]:
+    if all(form.layout == "Region" for form in region.map.forms):
+        return []
+    last = region.first_id + region.replicas - 1
+    if last <= LAST_ID:
+        return []
+    return [
+        f"spec.map.layout is RegionPerNode: the last of the {region.replicas} relays would have the region id {last}, "
+        f"and the highest is {LAST_ID}; set spec.map.firstRegionID to a lower id, or replicas to fewer."
+    ]
 
 
 def _degrees(value: object) -> float | None:

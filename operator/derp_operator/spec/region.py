@@ -51,6 +51,11 @@ class Region:
         """The names of the wanted pods, by ordinal."""
         return tuple(names.pod_name(self.name, ordinal) for ordinal in range(self.replicas))
 
+    @property
+    def first_id(self) -> int:
+        """The region id of ordinal 0 where each node has a region of its own; the others follow."""
+        return self.map.first_region_id or self.region_id
+
     def host_name(self, pod: str) -> str:
         """The name that `tls.hostNameTemplate` gives to a pod.  Only for mode Template."""
         return tls.expand(self.tls.template or "", self.variables(pod))
@@ -117,4 +122,5 @@ _RULES: Final[tuple[Callable[[Region], list[str]], ...]] = (
     exposure.check,
     tls.check,
     clients.check,
+    derpmap.check,
 )

@@ -40,6 +40,9 @@ func runControl(args []string) error {
 		DERPMap:        first,
 		AllOnline:      true,
 		HoldMapRequest: c.afterMapRequest,
+		ModifyFirstMapResponse: func(res *tailcfg.MapResponse, req *tailcfg.MapRequest) {
+			res.DERPMap = c.mapOf(c.server.Node(req.NodeKey).Hostinfo.Hostname())
+		},
 	}
 	c.server.HTTPTestServer = httptest.NewServer(c.server)
 	out := newOutput(os.Stdout)
@@ -109,14 +112,18 @@ func (c *control) pushTo(node key.NodePublic, hostname string) error {
 	if err != nil {
 		return err
 	}
-	c.mu.Lock()
-	res.DERPMap = c.common
-	if own := c.own[hostname]; own != nil {
-		res.DERPMap = own
-	}
-	c.mu.Unlock()
+	res.DERPMap = c.mapOf(hostname)
 	if !c.server.AddRawMapResponse(node, res) {
 		return fmt.Errorf("node %s is not connected to its control server", hostname)
 	}
 	return nil
+}
+
+func (c *control) mapOf(hostname string) *tailcfg.DERPMap {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if own := c.own[hostname]; own != nil {
+		return own
+	}
+	return c.common
 }
