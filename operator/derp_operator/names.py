@@ -69,8 +69,8 @@ def settings_map(region: str) -> str:
     return f"{region}-settings"
 
 
-def derp_map(region: str) -> str:
-    return f"{region}-derpmap"
+def derp_map(region: str, consumer: str = "") -> str:
+    return f"{region}-derpmap-{consumer}" if consumer else f"{region}-derpmap"
 
 
 def node_name(region_id: int, ordinal: int) -> str:

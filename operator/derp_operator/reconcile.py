@@ -23,7 +23,7 @@ from .observe import Seen, answers, look
 from .plan import Plan, plan, published_map
 from .probe import Prober
 from .publish import publish
-from .render import Inputs, children, config_hash, identities
+from .render import Inputs, children, config_hash, identities, map_identities
 from .resolve import Resolver
 from .spec import InvalidSpec, Region, parse
 from .status import Status, blocked, findings, health, paused, rejected, status
@@ -94,7 +94,8 @@ class Reconciler:
     async def _change(self, region: Region, seen: Seen, manifests: Sequence[Object]) -> Applied:
         applied = await apply(self.cluster, region, manifests, seen.live)
         if applied.whole:
-            await prune(self.cluster, region, map(identity, manifests), seen.live)
+            wanted = [*map(identity, manifests), *map_identities(region)]  # a map stays until there is a newer one
+            await prune(self.cluster, region, wanted, seen.live)
             await self._touch(region, seen, config_hash(manifests, region, seen.given))
         return applied
 

@@ -218,7 +218,7 @@ def status(
     if expiries:
         result["certNotAfter"] = timestamp(min(expiries))
     if derpmap:
-        result["map"] = _map_status(region, derpmap, previous.get("map") or {}, now)
+        result["map"] = _map_status(region, seen, derpmap, previous.get("map") or {}, now)
     return result
 
 
@@ -271,11 +271,21 @@ def _node_status(region: Region, item: Health, inside: Mapping[str, Any]) -> dic
     return result
 
 
-def _map_status(region: Region, derpmap: DERPMap, previous: Mapping[str, Any], now: datetime) -> dict[str, Any]:
+def _map_status(
+    region: Region, seen: Seen, derpmap: DERPMap, previous: Mapping[str, Any], now: datetime
+) -> dict[str, Any]:
     digest = hashlib.sha256(derpmap.to_json().encode()).hexdigest()
     known = previous.get("hash") == digest and previous.get("publishedAt")
-    return {
+    result: dict[str, Any] = {
         "configMap": names.derp_map(region.name),
         "hash": digest,
         "publishedAt": known or timestamp(now),
     }
+    consumers = [_consumer_status(region, seen, form.consumer) for form in region.map.forms if form.consumer]
+    return result | ({"consumers": consumers} if consumers else {})
+
+
+def _consumer_status(region: Region, seen: Seen, consumer: str) -> dict[str, str]:
+    name = names.derp_map(region.name, consumer)
+    text = (seen.data("ConfigMap", name) or {}).get(names.MAP_JSON, b"")
+    return {"name": consumer, "configMap": name, "hash": hashlib.sha256(text).hexdigest() if text else ""}

@@ -96,6 +96,9 @@ POD_TERM = {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLab
         {"limits": {"acceptConnectionsPerSecond": 10, "acceptBurst": 5, "clientBytesPerSecond": 10**10}},
         {"map": {"latitude": -52.5, "longitude": 13, "noMeasureNoHome": True}},
         {"regionID": 997, "map": {"layout": "RegionPerNode"}},
+        {"map": {"nodeOrder": [2, 0], "consumers": [{"name": "tailnet-a", "nodeOrder": [1]}, {"name": "b"}]}},
+        {"map": {"firstRegionID": 910, "consumers": [{"name": "a", "layout": "RegionPerNode"}]}},
+        {"map": {"layout": "RegionPerNode", "consumers": [{"name": "a", "layout": "Region", "nodeOrder": [1]}]}},
         {"regionID": 999, "replicas": 64, "map": {"layout": "RegionPerNode", "firstRegionID": 936}},
         {"pod": {"resources": {"requests": {"cpu": 1, "memory": "64Mi"}, "limits": {"memory": "1e9"}}}},
         {"pod": {"labels": {"team": "net"}, "annotations": {"example.com/x": "y"}, "nodeSelector": {"zone": "a"}}},
@@ -212,7 +215,25 @@ def includes(whole: Any, part: Any) -> bool:
         ({"limits": {"clientBurstBytes": 1}}, "clientBurstBytes has an effect only together with clientBytesPerSecond"),
         ({"map": {"latitude": 52.5}}, "latitude and longitude belong together"),
         ({"map": {"firstRegionID": 910}}, "firstRegionID is only for layout RegionPerNode"),
-        ({"regionID": 998, "map": {"layout": "RegionPerNode"}}, "that of the last one would be 1000, above 999"),
+        (
+            {"map": {"layout": "RegionPerNode", "nodeOrder": [1]}},
+            "nodeOrder is only for layout Region, as with RegionPerNode no region has several nodes",
+        ),
+        (
+            {"map": {"layout": "RegionPerNode", "consumers": [{"name": "a", "nodeOrder": [1]}]}},
+            "nodeOrder of a consumer is only for layout Region",
+        ),
+        ({"map": {"nodeOrder": [1, 1]}}, "spec.map.nodeOrder[1]: Duplicate value: 1"),
+        ({"map": {"consumers": [{"name": "a"}, {"name": "a"}]}}, "spec.map.consumers[1]: Duplicate value"),
+        (
+            {"map": {"consumers": [{"name": "Tailnet A"}]}},
+            "lower-case letters, digits and dashes, like tailnet-a",
+        ),
+        (
+            {"regionID": 998, "map": {"consumers": [{"name": "a", "layout": "RegionPerNode"}]}},
+            "and the last one would be above 999",
+        ),
+        ({"regionID": 998, "map": {"layout": "RegionPerNode"}}, "and the last one would be above 999"),
         (
             {"replicas": 5, "map": {"layout": "RegionPerNode", "firstRegionID": 996}},
             "set map.firstRegionID to a lower id, or replicas to fewer",

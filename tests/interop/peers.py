@@ -264,8 +264,8 @@ class TailnetHarness:
         argv: list[str | Path] = [self._binary, "control", f"-map={first}"]
         self._control = await self._stack.enter_async_context(LineProcess(argv, self._workdir / "control.log"))
         url = (await self._control.events.expect("ready"))["url"]
-        for name, derp_map in self._own.items():
-            await self._control.command("set_map", map=derp_map, node=name)
+        for name, own in self._own.items():
+            await self._control.command("set_map", map=own, node=name)
         for name in self._names:
             node = TailnetNode(self._binary, name, url, self._workdir, self._env)
             self.nodes[name] = await self._stack.enter_async_context(node)

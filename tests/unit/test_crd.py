@@ -136,7 +136,7 @@ WHOLE: dict[str, Any] = {
     "tls": {"hostName": "Template", "hostNameTemplate": "{pod}.example.com", "certificates": [{"secretName": "a"}]},
     "imagePullSecrets": [{"name": "a"}],
     "limits": {"acceptBurst": 0},
-    "map": {"latitude": 1},
+    "map": {"latitude": 1, "consumers": [{"name": "a"}]},
     "pod": {"labels": {}},
 }
 OPTIONS = {"LoadBalancer": "loadBalancer", "NodePort": "nodePort", "HostPort": "hostPort", "ClusterIP": "clusterIP"}

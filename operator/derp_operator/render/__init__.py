@@ -4,6 +4,6 @@ Lists that the API server merges by key (ports, containers, ..) carry all their 
 so a manifest can be compared with what the API server recorded (see `derp_operator.diff`).
 """
 
-from .children import Inputs, children, config_hash, identities
+from .children import Inputs, children, config_hash, identities, map_identities
 
-__all__ = ["Inputs", "children", "config_hash", "identities"]
+__all__ = ["Inputs", "children", "config_hash", "identities", "map_identities"]

@@ -47,9 +47,14 @@ def identities(region: Region, members: Sequence[str]) -> list[tuple[str, str]]:
         ("ConfigMap", names.settings_map(region.name)),
         ("Service", names.mesh_service(region.name)),
         *(("Service", pod) for pod in pods),
-        ("ConfigMap", names.derp_map(region.name)),
+        *map_identities(region),
         ("StatefulSet", region.name),
     ]
+
+
+def map_identities(region: Region) -> list[tuple[str, str]]:
+    """Kind and name of the ConfigMaps that hold the DERP map."""
+    return [("ConfigMap", names.derp_map(region.name, form.consumer)) for form in region.map.forms]
 
 
 def children(region: Region, inputs: Inputs) -> list[dict[str, Any]]:

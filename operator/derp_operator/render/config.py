@@ -51,7 +51,7 @@ def derp_maps(region: Region, derpmap: DERPMap) -> list[dict[str, Any]]:
 
 
 def _derp_map(region: Region, form: MapForm, derpmap: DERPMap) -> dict[str, Any]:
-    return child(region, "v1", "ConfigMap", names.derp_map(region.name)) | {
+    return child(region, "v1", "ConfigMap", names.derp_map(region.name, form.consumer)) | {
         "data": {names.MAP_JSON: derpmap.to_json(), names.MAP_YAML: derpmap.to_yaml()}
     }
 

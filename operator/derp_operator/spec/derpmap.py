@@ -18,10 +18,13 @@ LAST_ID: Final = 999
 class MapForm:
     """One of the ConfigMaps that hold the map: all have the same nodes.
 
-    `layout`: all nodes in one region, in order of preference, or a region for each.
+    `layout`: all nodes in one region, in order of preference, or a region for each.  `consumer`: the tailnet that it
+    is for, empty for the plain map.  `node_order`: the ordinals that come first.
     """
 
+    consumer: str = ""
     layout: Layout = "Region"
+    node_order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +39,21 @@ class MapOptions:
 
 
 def parse(spec: Mapping[str, Any]) -> MapOptions:
+    layout: Layout = spec.get("layout", "Region")
     return MapOptions(
         latitude=_degrees(spec.get("latitude")),
         longitude=_degrees(spec.get("longitude")),
         no_measure_no_home=bool(spec.get("noMeasureNoHome", False)),
         first_region_id=spec.get("firstRegionID"),
-        forms=(MapForm(layout=spec.get("layout", "Region")),),
+        forms=(_form(spec, "", layout), *(_form(item, item["name"], layout) for item in spec.get("consumers") or ())),
+    )
+
+
+def _form(spec: Mapping[str, Any], consumer: str, layout: Layout) -> MapForm:
+    return MapForm(
+        consumer=consumer,
+        layout=spec.get("layout", layout),
+        node_order=tuple(spec.get("nodeOrder") or ()),
     )
 
 
