@@ -200,7 +200,9 @@ class OurDerper(Relay):
         super().__init__(command, address, workdir, options or RelayOptions())
 
 
-one_worker = pytest.mark.skipif(WORKERS > 1, reason="other nodes count a link of each worker")
+def one_worker(why: str) -> pytest.MarkDecorator:
+    """For a test whose relay must have one: why several are not the same."""
+    return pytest.mark.skipif(WORKERS > 1, reason=why)
 
 
 def derp_map(nodes: Iterable[dict[str, Any]]) -> DERPMap:

@@ -13,7 +13,7 @@ from nacl.public import PrivateKey
 from .conftest import Relays
 from .peers import GoClients
 from .processes import PeerError
-from .relays import Relay, RelayOptions
+from .relays import Relay, RelayOptions, one_worker
 
 
 class Controller:
@@ -110,6 +110,7 @@ async def test_who_is_connected_stays(make: str, relays: Relays, clients: GoClie
     assert [asked["NodePublic"] for asked in controller.asked].count(client.key) == 1
 
 
+@one_worker("each remembers what it was told")
 async def test_a_client_that_comes_again(make: str, relays: Relays, clients: GoClients, controller: Controller) -> None:
     """Stock asks each time; ours uses a yes for half a minute, and for an hour while the controller is away."""
     relay = await start(relays, make, controller.url, fail_open=False)

@@ -16,7 +16,7 @@ from .conftest import Both
 from .metrics import counted
 from .processes import HANG
 from .raw import RawClient, RawClients
-from .relays import Relay, RelayOptions
+from .relays import Relay, RelayOptions, one_worker
 
 MESH = secrets.token_hex(32)
 BOTH_MESHED = pytest.mark.parametrize("both", [RelayOptions(mesh_key=MESH, flags=("-home=blank",))], indirect=True)
@@ -98,6 +98,7 @@ async def test_connections_that_fight(relay: Relay, raw: RawClients) -> None:
         assert await client.until_echo() == []
 
 
+@one_worker("who takes over is one of the same worker")
 async def test_who_takes_over(relay: Relay, raw: RawClients) -> None:
     """Who spoke last before; the second connection, if it never spoke, after all others."""
     sender = await raw.login(relay)
@@ -108,6 +109,7 @@ async def test_who_takes_over(relay: Relay, raw: RawClients) -> None:
     assert await receiver(sender, [second]) is second
 
 
+@one_worker("who takes over is one of the same worker")
 async def test_who_takes_over_when_all_have_spoken(relay: Relay, raw: RawClients) -> None:
     sender = await raw.login(relay)
     first, second, third, fourth = group = await same_key(raw, relay, 4)

@@ -94,7 +94,7 @@ async def test_labels_that_are_there_from_the_start(both: Both) -> None:
     assert ours.keys() >= wanted
 
 
-@one_worker
+@one_worker("other nodes count a link of each")
 async def test_the_numbers_of_a_mesh(
     make: str, relays: Relays, clients: GoClients, authority: Authority, ca_file: Path
 ) -> None:
