@@ -24,6 +24,7 @@ KINDS: Final = (
 REFUSALS: Final = frozenset({400, 403, 413, 422})
 """HTTP statuses that the same request meets again: what the user can do something about, not the operator."""
 _INDEPENDENT: Final = "Service"
+_GUARDED: Final = frozenset({"Secret", "ConfigMap", "StatefulSet"})
 _NO_VERSION: Final = "1"
 """The resourceVersion of no object (etcd's first revision is that of an empty store): with it server-side apply
 creates, and conflicts with whatever came into being meanwhile: a delayed request of our own with other keys, another
@@ -113,9 +114,25 @@ async def apply(cluster: Cluster, region: Region, manifests: Sequence[Object], l
 async def _apply_one(cluster: Cluster, region: Region, manifest: Object, current: Object | None) -> Object:
     if current is None:
         return await cluster.apply(manifest | {"metadata": manifest["metadata"] | {"resourceVersion": _NO_VERSION}})
-    if _differs(region, manifest, current):
-        return await cluster.apply(_pinned(manifest, current))
-    return current
+    if not _differs(region, manifest, current):
+        return current
+    if _other_strategy(manifest, current):
+        current = await _set_strategy(cluster, region, manifest, current)
+    return await cluster.apply(_pinned(manifest, current))
+
+
+def _other_strategy(manifest: Object, live: Object) -> bool:
+    wanted = manifest["spec"].get("updateStrategy") if manifest["kind"] == "StatefulSet" else None
+    return wanted is not None and bool(wanted["type"] != live["spec"]["updateStrategy"]["type"])
+
+
+async def _set_strategy(cluster: Cluster, region: Region, manifest: Object, live: Object) -> Object:
+    """The API server has given the other strategy (of an older release, or by hand) a default that goes with no other
+    one, and that server-side apply leaves where it is, as nobody set it.
+    """
+    strategy = manifest["spec"]["updateStrategy"] | {"rollingUpdate": None}
+    patch = {"metadata": {"uid": live["metadata"]["uid"]}, "spec": {"updateStrategy": strategy}}
+    return await cluster.merge("StatefulSet", region.namespace, region.name, patch)
 
 
 def _differs(region: Region, manifest: Object, current: Object) -> bool:
@@ -150,8 +167,8 @@ def pending(region: Region, manifests: Sequence[Object], live: Live) -> list[Ide
 
 
 def _pinned(manifest: Object, live: Mapping[str, Any]) -> Object:
-    """`manifest` for this very object.  Keys must not be written over a newer version of the Secret."""
+    """`manifest` for this very object; keys, maps and the number of pods for the version that they were made from."""
     guard = {"uid": live["metadata"]["uid"]}
-    if manifest["kind"] == "Secret":
+    if manifest["kind"] in _GUARDED:
         guard["resourceVersion"] = live["metadata"]["resourceVersion"]
     return manifest | {"metadata": manifest["metadata"] | guard}

@@ -85,6 +85,10 @@ class CountingCluster:
         self._writes[kind] += 1
         await self._cluster.delete(kind, namespace, name, uid)
 
+    async def evict(self, namespace: str, name: str, uid: str, version: str) -> None:
+        self._writes["Pod/eviction"] += 1
+        await self._cluster.evict(namespace, name, uid, version)
+
 
 def _version(item: Mapping[str, Any]) -> tuple[str, str]:
     meta = item["metadata"]

@@ -59,6 +59,8 @@ class Cluster(Protocol):
 
     async def delete(self, kind: str, namespace: str, name: str, uid: str) -> None: ...
 
+    async def evict(self, namespace: str, name: str, uid: str, version: str) -> None: ...
+
 
 class Kube:
     """The API server behind `login`, which is called again when the credentials have expired.
@@ -123,6 +125,17 @@ class Kube:
         except ApiError as error:
             if error.status not in (404, 409):
                 raise
+
+    async def evict(self, namespace: str, name: str, uid: str, version: str) -> None:
+        """Delete a pod if its disruption budget allows (429 if not), and if it is as it was seen (409 if not)."""
+        preconditions = {"uid": uid, "resourceVersion": version}
+        eviction = {
+            "apiVersion": "policy/v1",
+            "kind": "Eviction",
+            "metadata": {"name": name, "namespace": namespace},
+            "deleteOptions": {"preconditions": preconditions},
+        }
+        await self._request("POST", _path("Pod", namespace, name, "eviction"), {}, eviction)
 
     async def serves_regions(self) -> bool:
         """Whether the API server knows the CRD."""

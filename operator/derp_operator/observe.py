@@ -8,7 +8,7 @@ import binascii
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from . import names
 from .apply import Identity, find_unlabelled, read_children
@@ -18,6 +18,8 @@ from .references import Data
 from .render import identities
 from .resolve import Resolution, Resolver
 from .spec import Region
+
+_REVISION: Final = "controller-revision-hash"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,12 @@ class Seen:
         """The pods of the mesh: the wanted ones, and those that still run; by ordinal."""
         left = {number for pod in self.pods if (number := names.ordinal_of(region.name, pod)) is not None}
         return [names.pod_name(region.name, number) for number in sorted(left | set(range(region.replicas)))]
+
+    def older(self, region: Region) -> set[str]:
+        """The wanted pods of an older template than the StatefulSet's, but for those that are about to go."""
+        owner = self.live.get(("StatefulSet", region.name), {})
+        newest = owner.get("status", {}).get("updateRevision")
+        return {name for name in region.pods if newest and _revision(self.pods.get(name), newest) != newest}
 
     def data(self, kind: str, name: str) -> dict[str, bytes] | None:
         """The content of a child, None if it does not exist."""
@@ -99,6 +107,13 @@ def recorded_nodes(seen: Seen, region: Region) -> dict[str, Any]:
     except (ValueError, AttributeError):  # edited by hand; the next apply repairs it
         return {}
     return {pod: node for pod, node in nodes.items() if isinstance(node, dict)} if isinstance(nodes, dict) else {}
+
+
+def _revision(pod: Mapping[str, Any] | None, newest: str) -> str:
+    """The name of the template that a pod was made from; the newest, too, where there is nothing to replace."""
+    if pod is None or pod["metadata"].get("deletionTimestamp"):
+        return newest
+    return str(pod["metadata"].get("labels", {}).get(_REVISION, newest))
 
 
 def is_ready(pod: Mapping[str, Any]) -> bool:

@@ -68,7 +68,7 @@ def plan(region: Region, seen: Seen, now: datetime, maker: Maker) -> Plan:
         members=members,
         ring=ring,
         settings=_settings(region, members, ring, recorded),
-        nodes=[_node(region, pod, hosts.get(pod), endpoints.get(pod), seen) for pod in region.pods],
+        nodes=[_node(region, pod, hosts.get(pod), endpoints.get(pod), seen, published) for pod in region.pods],
         published=published,
         findings=[
             *_key_findings(ring),
@@ -147,13 +147,28 @@ def _stems(region: Region, keys: NodeKeys) -> list[str]:
     return users + own
 
 
-def _node(region: Region, pod: str, host: HostName | None, where: Endpoint | None, seen: Seen) -> Node:
+def _node(
+    region: Region,
+    pod: str,
+    host: HostName | None,
+    where: Endpoint | None,
+    seen: Seen,
+    published: Mapping[str, DERPNode],
+) -> Node:
     name = names.node_name(region.region_id, int(pod.rpartition("-")[2]))
+    entry = _entry(region, name, host, where) if host and where else None
+    target = _target(region, pod, host, seen, published.get(name))
+    return Node(name, pod, entry, target, host.not_after if host else None)
+
+
+def _target(region: Region, pod: str, host: HostName | None, seen: Seen, promised: DERPNode | None) -> Target | None:
+    """A pod of an older template may lack the files for a new identity: what counts is the one that clients know."""
     running = seen.pods.get(pod)
     ip = address(running) if running else None
-    target = Target(pod, ip, host.name, host.pin, region.tls.host_name != "Address") if host and ip else None
-    entry = _entry(region, name, host, where) if host and where else None
-    return Node(name, pod, entry, target, host.not_after if host else None)
+    if ip and promised and (host is None or pod in seen.older(region)):
+        sni = promised.host_name not in (promised.ipv4, promised.ipv6)
+        return Target(pod, ip, promised.host_name, promised.cert_name, sni)
+    return Target(pod, ip, host.name, host.pin, region.tls.host_name != "Address") if host and ip else None
 
 
 def _entry(region: Region, name: str, host: HostName, where: Endpoint) -> DERPNode:

@@ -40,13 +40,15 @@ class Target:
 class Answer:
     """What a relay said.  `faults` is empty if TLS, STUN and the report are in order; `mesh` are its links by pod.
 
-    `settings` is the hash (SHA-256 in hex) of the settings that it runs with, empty if it does not say.
+    `settings` is the hash (SHA-256 in hex) of the settings that it runs with, empty if it does not say; `clients` is
+    how many are connected.
     """
 
     faults: tuple[str, ...] = ()
     mesh: Mapping[str, bool] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
     settings: str = ""
+    clients: int = 0
 
 
 Prober = Callable[[Target], Awaitable[Answer]]
@@ -58,7 +60,8 @@ async def ask(target: Target) -> Answer:
     mesh = {peer: bool(link.get("connected")) for peer, link in (report.get("mesh") or {}).items()}
     faults = tuple(text for text in (tls, udp, fault) if text)
     reasons = tuple(str(reason) for reason in report.get("reasons") or ())
-    return Answer(faults, mesh, reasons, str(report.get("settings") or ""))
+    clients = report.get("clients")
+    return Answer(faults, mesh, reasons, str(report.get("settings") or ""), clients if isinstance(clients, int) else 0)
 
 
 async def _tls_fault(target: Target) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -17,6 +17,7 @@ from typing import Any, Final
 from . import events, names
 from .apply import REFUSALS, Applied, apply, identity, pending, prune, taken
 from .conditions import READY, Finding
+from .departures import departures, refusal
 from .keyring import Maker
 from .kube import ApiError, Cluster, Object
 from .observe import Seen, answers, look
@@ -87,8 +88,11 @@ class Reconciler:
             if ("Secret", names.keys_secret(region.name)) not in applied.live:
                 return blocked(refused, region.generation, previous, self.now())  # the rest relies on keys that are not
             seen = replace(seen, live={**seen.live, **applied.live})  # the status is about what stands now
+        leaving = departures(region, seen, nodes)
+        if _writable(planned):
+            refused = [*refused, *await self._evict(region, leaving.now)]
         stands = published_map(region, seen)
-        found = findings(region, planned, seen, nodes, stands, refused)
+        found = findings(region, planned, seen, nodes, stands, refused, leaving.findings)
         return status(region, seen, nodes, stands, found, previous, self.now())
 
     async def _change(self, region: Region, seen: Seen, manifests: Sequence[Object]) -> Applied:
@@ -98,6 +102,19 @@ class Reconciler:
             await prune(self.cluster, region, wanted, seen.live)
             await self._touch(region, seen, config_hash(manifests, region, seen.given))
         return applied
+
+    async def _evict(self, region: Region, pods: Iterable[Object]) -> list[Finding]:
+        """Ask for the pods to go; returns what the API server has against it."""
+        found = []
+        for pod in pods:
+            meta = pod["metadata"]
+            try:
+                await self.cluster.evict(region.namespace, meta["name"], meta["uid"], meta["resourceVersion"])
+            except ApiError as error:
+                found += refusal(meta["name"], error)
+            else:
+                log.info("%s/%s: pod %s goes: its template is older", region.namespace, region.name, meta["name"])
+        return found
 
     async def _touch(self, region: Region, seen: Seen, digest: str) -> None:
         """Write the hash of keys and settings to the pods: the kubelet then refreshes their volumes at once."""

@@ -34,7 +34,7 @@ _BAD_WAITS: Final = frozenset(
 class Health:
     """One wanted node as it is: its links to the other nodes, and why it is not fine (None: it is).
 
-    `settings` is the hash of those that it runs with, empty if not known.
+    `settings` is the hash of those that it runs with, empty if not known; `clients` are those connected.
     """
 
     node: Node
@@ -44,11 +44,14 @@ class Health:
     young: bool
     finding: Finding | None
     settings: str
+    clients: int
 
     @property
     def candidate(self) -> Candidate:
-        fine = self.finding is None and self.node.entry is not None
-        return Candidate(self.node.name, self.node.entry, answers=fine, arriving=not fine and self.young)
+        entry, asked = self.node.entry, self.node.target
+        same = entry and asked and (entry.host_name, entry.cert_name) == (asked.host_name, asked.pin)
+        fine = self.finding is None and bool(same)
+        return Candidate(self.node.name, entry, answers=fine, arriving=not fine and self.young)
 
 
 def health(plan: Plan, seen: Seen, answers: Mapping[str, Answer], now: datetime) -> list[Health]:
@@ -75,6 +78,7 @@ def _health(
         young=young,
         finding=_finding(node, pod, answer, missing, degraded=worked),
         settings=answer.settings if answer else "",
+        clients=answer.clients if answer else 0,
     )
 
 
@@ -149,10 +153,11 @@ def findings(
     nodes: Iterable[Health],
     derpmap: DERPMap | None,
     refused: Iterable[Finding] = (),
+    going: Iterable[Finding] = (),
 ) -> list[Finding]:
     """All that keeps the region from being as wanted, the most important first.
 
-    `refused` is what the API server did not let the operator write.
+    `refused` is what the API server did not let the operator write, `going` what is said of pods that go.
     """
     judged = list(nodes)
     found = [*refused, *plan.findings, *(item.finding for item in judged if item.finding)]
@@ -165,33 +170,23 @@ def findings(
     leftover = [pod for pod in plan.members if pod not in region.pods]
     if leftover:
         found.append(Finding(conditions.SCALING_DOWN, f"Pods that left the region stop: {', '.join(leftover)}."))
-    return found + _outdated(region, seen, judged) + _rollout(region, seen)
+    return [*found, *_outdated(region, seen, judged), *going]
+
+
+def behind(region: Region, seen: Seen, nodes: Iterable[Health]) -> list[str]:
+    """The pods that run with older settings than those that stand."""
+    text = (seen.data("ConfigMap", names.settings_map(region.name)) or {}).get(names.SETTINGS_FILE, b"")
+    current = hashlib.sha256(text).hexdigest()
+    return [item.node.pod for item in nodes if item.settings not in ("", current)]
 
 
 def _outdated(region: Region, seen: Seen, nodes: Iterable[Health]) -> list[Finding]:
     """Who may connect, and how fast, is as the spec says only when the relays have read it."""
-    text = (seen.data("ConfigMap", names.settings_map(region.name)) or {}).get(names.SETTINGS_FILE, b"")
-    current = hashlib.sha256(text).hexdigest()
-    late = [item.node.pod for item in nodes if item.settings not in ("", current)]
+    late = behind(region, seen, nodes)
     if not late:
         return []
     message = f"Relays run with older settings: {', '.join(late)} (if this stays, their log says why)."
     return [Finding(conditions.SETTINGS_PENDING, message)]
-
-
-def _rollout(region: Region, seen: Seen) -> list[Finding]:
-    item = seen.live.get(("StatefulSet", region.name))
-    if item is None:
-        return [Finding(conditions.PODS_PENDING, f"StatefulSet {region.name} is being created.")]
-    status = item.get("status", {})
-    behind = status.get("observedGeneration", 0) < item["metadata"].get("generation", 0)
-    rolling = status.get("updateRevision") != status.get("currentRevision")
-    if behind:
-        return [Finding(conditions.ROLLING_OUT, f"StatefulSet {region.name} is about to follow the spec.")]
-    if not rolling:
-        return []
-    done = status.get("updatedReplicas", 0)
-    return [Finding(conditions.ROLLING_OUT, f"Pods are being replaced: {done} of {region.replicas} are new.")]
 
 
 def status(

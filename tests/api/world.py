@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import os
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
@@ -15,7 +17,7 @@ from derp_operator import names
 from derp_operator.counting import CountingCluster, Watches
 from derp_operator.keyring import Maker, system_maker
 from derp_operator.kube import ApiError, Cluster, Kube, Object
-from derp_operator.observe import content
+from derp_operator.observe import content, is_ready
 from derp_operator.probe import Answer, Target
 from derp_operator.reconcile import Reconciler
 from derp_operator.resolve import Resolution
@@ -50,6 +52,7 @@ class World:
         self.kube, self.namespace, self.name = kube, namespace, name
         self.relays = Relays()
         self.dns: dict[str, Resolution] = {}
+        self.bad_images: set[str] = set()
         self.writes: Counter[str] = Counter()
         self.skew = timedelta()
         self.maker: Maker = system_maker()
@@ -92,24 +95,23 @@ class World:
         raise AssertionError(f"never settles: {await self.region()}")
 
     async def play(self) -> bool:
-        """One round of StatefulSet controller and kubelets; returns whether they did anything."""
+        """One round of StatefulSet and disruption controller and kubelets; returns whether they did anything."""
         owner = await self.kube.get("StatefulSet", self.namespace, self.name)
         if owner is None:
             return False
         pods = {pod["metadata"]["name"]: pod for pod in await self.pods()}
-        wanted = [names.pod_name(self.name, number) for number in range(owner["spec"]["replicas"])]
-        for pod in wanted:
-            if pod not in pods:
-                await self.start(owner, pod)
-        template = owner["spec"]["template"]["spec"]
-        older = {name for name, pod in pods.items() if _made_of(pod["spec"]) != _made_of(template)}
-        for pod in (set(pods) - set(wanted)) | older:
+        wanted = {names.pod_name(self.name, number) for number in range(owner["spec"]["replicas"])}
+        leaving = {name for name, pod in pods.items() if name not in wanted or "deletionTimestamp" in pod["metadata"]}
+        for pod in leaving:
             await self.stop(pod)
-        moved = set(pods) != set(wanted) or bool(older)
-        return await self._statefulset_status(owner, len(wanted)) or moved
+        for pod in sorted(wanted - set(pods)):
+            await self.start(owner, pod)
+        moved = bool(leaving) or not wanted <= set(pods)
+        moved |= await self._status("StatefulSet", owner, await self._statefulset_status(owner))
+        return await self._play_budget() or moved
 
     async def start(self, owner: Object, pod: str) -> None:
-        """A pod that runs and is ready."""
+        """A pod that runs and is ready, but for a bad image."""
         number = int(pod.rpartition("-")[2])
         node = f"{self.namespace}-node-{number}"
         if await self.kube.get("Node", None, node) is None:
@@ -123,21 +125,26 @@ class World:
                 "metadata": {
                     "name": pod,
                     "namespace": self.namespace,
-                    "labels": template["metadata"]["labels"] | {"statefulset.kubernetes.io/pod-name": pod},
+                    "labels": template["metadata"]["labels"]
+                    | {"statefulset.kubernetes.io/pod-name": pod, "controller-revision-hash": revision(owner)},
                     "annotations": template["metadata"].get("annotations", {}),
                 },
                 "spec": template["spec"] | {"nodeName": node},
             }
         )
+        bad = template["spec"]["containers"][0]["image"] in self.bad_images
+        waiting = {"name": "derper", "state": {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}}
         await self.pod_status(
             pod,
-            phase="Running",
-            podIP=f"198.18.{number}.9",
+            phase="Pending" if bad else "Running",
+            podIP=None if bad else f"198.18.{number}.9",
             hostIP=f"198.18.255.{11 + number}",
             hostIPs=[{"ip": f"198.18.255.{11 + number}"}],
-            conditions=[{"type": "Ready", "status": "True"}],
+            conditions=[{"type": "Ready", "status": str(not bad)}],
+            containerStatuses=[waiting] if bad else None,
         )
-        self.relays.known.add(pod)
+        if not bad:
+            self.relays.known.add(pod)
 
     async def stop(self, pod: str) -> None:
         """A pod that is gone at once."""
@@ -168,22 +175,43 @@ class World:
 
     async def patch_status(self, kind: str, name: str, status: Object) -> None:
         """Write a status as a controller of the cluster would."""
-        paths = {"Service": "api/v1", "StatefulSet": "apis/apps/v1"}
-        path = f"{paths[kind]}/namespaces/{self.namespace}/{kind.lower()}s/{name}/status"
+        paths = {"Service": "api/v1/{}/services", "StatefulSet": "apis/apps/v1/{}/statefulsets"}
+        paths["PodDisruptionBudget"] = "apis/policy/v1/{}/poddisruptionbudgets"
+        path = f"{paths[kind].format(f'namespaces/{self.namespace}')}/{name}/status"
         await self.kube._request("PATCH", path, {}, {"status": status}, "application/merge-patch+json")
 
-    async def _statefulset_status(self, owner: Object, replicas: int) -> bool:
-        status = {
+    async def _statefulset_status(self, owner: Object) -> Object:
+        pods = await self.pods()
+        fresh = [pod for pod in pods if pod["metadata"]["labels"]["controller-revision-hash"] == revision(owner)]
+        return {
             "observedGeneration": owner["metadata"]["generation"],
-            "replicas": replicas,
-            "updatedReplicas": replicas,
-            "currentRevision": "one",
-            "updateRevision": "one",
+            "replicas": len(pods),
+            "updatedReplicas": len(fresh),
+            "currentRevision": owner.get("status", {}).get("currentRevision") or revision(owner),  # OnDelete: for ever
+            "updateRevision": revision(owner),
         }
-        old = owner.get("status", {})
-        if all(old.get(key) == value for key, value in status.items()):
+
+    async def _play_budget(self) -> bool:
+        budget = await self.kube.get("PodDisruptionBudget", self.namespace, self.name)
+        owner = await self.get("StatefulSet", self.name)
+        if budget is None:
             return False
-        await self.patch_status("StatefulSet", self.name, status)
+        expected, healthy = owner["spec"]["replicas"], sum(is_ready(pod) for pod in await self.pods())
+        status = {
+            "observedGeneration": budget["metadata"]["generation"],
+            "expectedPods": expected,
+            "desiredHealthy": expected - 1,
+            "currentHealthy": healthy,
+            "disruptionsAllowed": max(0, healthy - expected + 1),
+            "disruptedPods": None,
+        }
+        return await self._status("PodDisruptionBudget", budget, status)
+
+    async def _status(self, kind: str, item: Object, status: Object) -> bool:
+        """Write a status that is not as it should be; returns whether it was not."""
+        if all((item.get("status", {}).get(key) or 0) == (value or 0) for key, value in status.items()):
+            return False
+        await self.patch_status(kind, self.name, status)
         return True
 
     async def region(self) -> Object:
@@ -221,10 +249,9 @@ class World:
         }
 
 
-def _made_of(spec: Object) -> tuple[Any, Any]:
-    """What of a pod's spec is replaced with the pod, as far as tests change it."""
-    container = spec["containers"][0]
-    return container["image"], container["ports"]
+def revision(owner: Object) -> str:
+    """The name of a StatefulSet's template."""
+    return hashlib.sha256(json.dumps(owner["spec"]["template"], sort_keys=True).encode()).hexdigest()[:10]
 
 
 def condition(region: Object, kind: str = "Ready") -> Object:
@@ -265,6 +292,10 @@ class Recorder:
     async def delete(self, kind: str, namespace: str, name: str, uid: str) -> None:
         async with self._write("delete", kind, name):
             await self._cluster.delete(kind, namespace, name, uid)
+
+    async def evict(self, namespace: str, name: str, uid: str, version: str) -> None:
+        async with self._write("evict", "Pod", name):
+            await self._cluster.evict(namespace, name, uid, version)
 
     @asynccontextmanager
     async def _write(self, verb: str, kind: str, name: str) -> AsyncIterator[None]:

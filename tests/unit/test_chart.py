@@ -239,6 +239,7 @@ RIGHTS = {
     "poddisruptionbudgets.policy": CHILD,
     "networkpolicies.networking.k8s.io": CHILD,
     "pods.": {"list", "watch", "patch"},
+    "pods/eviction.": {"create"},
     "events.": {"create"},
 }
 

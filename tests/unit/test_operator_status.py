@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from derp_operator import conditions, events
 from derp_operator.conditions import Finding
+from derp_operator.departures import departures
 from derp_operator.keyring import Maker, system_maker
 from derp_operator.observe import Seen
 from derp_operator.plan import Plan, plan
@@ -81,7 +82,11 @@ def pod(name: str, *, ready: bool = True, age: int = 600, **state: Any) -> Objec
     found: Object = {"phase": "Running", "podIP": f"198.18.0.{number}", "hostIPs": [{"ip": f"198.18.255.{number}"}]}
     found["conditions"] = [{"type": "Ready", "status": "True" if ready else "False"}]
     return {
-        "metadata": {"name": name, "creationTimestamp": created},
+        "metadata": {
+            "name": name,
+            "creationTimestamp": created,
+            "labels": {"controller-revision-hash": "a"},
+        },
         "spec": {"nodeName": "node1", "containers": [{"ports": HOST_PORTS}]},
         "status": found | state,
     }
@@ -96,7 +101,7 @@ class Table:
         self.pods = {name: pod(name) for name in self.region.pods}
         self.live: dict[tuple[str, str], Object] = {}
         self.answers: dict[str, Answer] = {}
-        self.statefulset: Object = {"observedGeneration": 1, "currentRevision": "a", "updateRevision": "a"}
+        self.statefulset: Object = {"observedGeneration": 1, "updateRevision": "a"}
         self.all_answer()
 
     def all_answer(self) -> None:
@@ -118,7 +123,8 @@ class Table:
     def status(self, previous: Object | None = None) -> Object:
         self.look()
         seen, planned, judged, derpmap = self.look()
-        found = findings(self.region, planned, seen, judged, derpmap)
+        going = departures(self.region, seen, judged).findings
+        found = findings(self.region, planned, seen, judged, derpmap, going=going)
         return status(self.region, seen, judged, derpmap, found, previous or {}, NOW)
 
 
@@ -235,9 +241,9 @@ UNSCHEDULED = [
             "Pods that left the region stop: berlin-3.",
         ),
         (
-            lambda t: t.statefulset.update(updateRevision="b", updatedReplicas=1),
+            lambda t: t.statefulset.update(updateRevision="b"),
             "RollingOut",
-            "Pods are being replaced: 1 of 3 are new.",
+            "Pods are being replaced, 0 of 3 are done: berlin-2 now, berlin-0, berlin-1 later.",
         ),
     ],
 )

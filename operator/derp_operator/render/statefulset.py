@@ -49,6 +49,7 @@ def stateful_set(region: Region, image: str) -> dict[str, Any]:
             "replicas": region.replicas,
             "serviceName": names.mesh_service(region.name),
             "podManagementPolicy": "Parallel",  # OrderedReady never heals a broken rollout (kubernetes#67250)
+            "updateStrategy": {"type": "OnDelete"},  # by the operator: RollingUpdate knows only a pod's readiness
             "revisionHistoryLimit": 3,
             "selector": {"matchLabels": names.selector(region.name)},
             "template": _template(region, region.image or image),

@@ -1,0 +1,219 @@
+"""Pods of an older template are replaced one after the other, whatever comes in between."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from derp_operator.kube import ApiError, Object
+from derp_operator.observe import is_ready
+
+from .controlplane import ControlPlane
+from .world import HANG, Recorder, World, condition, revision, world
+
+NEW = {"image": "localhost/derper:new"}
+BAD = {"image": "localhost/derper:bad"}
+
+
+@pytest.fixture
+async def berlin(api: ControlPlane) -> AsyncIterator[World]:
+    async with world(api) as found:
+        found.bad_images.add(BAD["image"])
+        yield found
+
+
+async def settled(place: World, **spec: Any) -> Object:
+    await place.create(**spec)
+    return await place.settle()
+
+
+async def image_of(place: World) -> dict[str, str]:
+    return {pod["metadata"]["name"]: pod["spec"]["containers"][0]["image"] for pod in await place.pods()}
+
+
+async def roll(place: World, recorder: Recorder, *, least: int = 2) -> list[str]:
+    """Reconcile through `recorder` and play pods until nothing moves; never are fewer than `least` pods ready.
+
+    Returns the pods that were evicted, in order.
+    """
+    for _ in range(HANG):
+        before = len(recorder.writes)
+        try:
+            await place.reconcile(recorder)
+        except ApiError:
+            continue  # what the queue does, without the wait
+        assert sum(is_ready(pod) for pod in await place.pods()) >= least
+        if not await place.play() and len(recorder.writes) == before:
+            return [name for verb, _, name in recorder.writes if verb == "evict"]
+        assert sum(is_ready(pod) for pod in await place.pods()) >= least
+    raise AssertionError(f"never comes to rest: {await place.region()}")
+
+
+async def test_an_image_changes_one_pod_at_a_time(berlin: World) -> None:
+    await settled(berlin)
+    derpmap = await berlin.get("ConfigMap", "berlin-derpmap")
+    await berlin.change(**NEW)
+    assert await roll(berlin, Recorder(berlin.kube)) == ["berlin-2", "berlin-1", "berlin-0"]
+    assert set((await image_of(berlin)).values()) == {NEW["image"]}
+    assert condition(await berlin.region())["status"] == "True"
+    assert await berlin.get("ConfigMap", "berlin-derpmap") == derpmap, "the map is not even written"
+
+
+async def test_a_bad_image_stops_at_the_first_pod_and_heals(berlin: World) -> None:
+    await settled(berlin)
+    old = await image_of(berlin)
+    await berlin.change(**BAD)
+    assert await roll(berlin, Recorder(berlin.kube)) == ["berlin-2"]
+    assert await image_of(berlin) == old | {"berlin-2": BAD["image"]}
+    told = condition(await berlin.region())
+    assert (told["status"], told["reason"]) == ("False", "PodsPending")
+    assert "Pod berlin-2 does not run: ImagePullBackOff: no such image." in told["message"]
+    assert "1 of 3 are done: berlin-0, berlin-1 when berlin-2 is well." in told["message"]
+    await berlin.change(**NEW)
+    assert await roll(berlin, Recorder(berlin.kube)) == ["berlin-2", "berlin-1", "berlin-0"]
+    assert condition(await berlin.region())["status"] == "True"
+
+
+async def test_all_pods_bad_from_the_beginning_heal_at_once(berlin: World) -> None:
+    assert condition(await settled(berlin, **BAD))["reason"] == "PodsPending"
+    await berlin.change(**NEW)
+    recorder = Recorder(berlin.kube)
+    await berlin.reconcile(recorder)
+    await berlin.play()
+    await berlin.reconcile(recorder)
+    assert [name for verb, _, name in recorder.writes if verb == "evict"] == ["berlin-0", "berlin-1", "berlin-2"]
+    assert condition(await berlin.settle())["status"] == "True"
+
+
+async def test_no_pod_goes_while_another_one_is_away(berlin: World) -> None:
+    await settled(berlin)
+    berlin.relays.faults["berlin-0"] = "TLS on port 8443 does not answer"
+    await berlin.change(**NEW)
+    assert await roll(berlin, Recorder(berlin.kube)) == []
+    assert "when berlin-0 is well" in condition(await berlin.region())["message"]
+    berlin.relays.faults.clear()
+    assert len(await roll(berlin, Recorder(berlin.kube))) == 3
+
+
+async def test_the_disruption_budget_has_the_last_word(berlin: World) -> None:
+    """Somebody drains a Kubernetes node in this very moment."""
+    await settled(berlin)
+    await berlin.change(**NEW)
+    await berlin.reconcile()
+    await berlin.play()
+    await berlin.patch_status("PodDisruptionBudget", "berlin", {"disruptionsAllowed": 0, "currentHealthy": 2})
+    recorder = Recorder(berlin.kube)
+    await berlin.reconcile(recorder)
+    assert ("evict", "Pod", "berlin-2") in recorder.writes
+    assert all("deletionTimestamp" not in pod["metadata"] for pod in await berlin.pods())
+    assert "Pod berlin-2 waits to be replaced: Cannot evict pod" in condition(await berlin.region())["message"]
+    await berlin.play()
+    assert len(await roll(berlin, Recorder(berlin.kube))) == 3
+
+
+async def test_two_operators_at_once_take_one_pod(berlin: World) -> None:
+    """Both have seen three pods that are well, and disagree about which is the first."""
+
+    class Late(Recorder):
+        async def evict(self, namespace: str, name: str, uid: str, version: str) -> None:
+            self.pods = {pod["metadata"]["name"]: pod["metadata"] for pod in await berlin.pods()}
+            await super().evict(namespace, name, uid, version)
+
+    await settled(berlin)
+    await berlin.change(**NEW)
+    await berlin.reconcile()
+    await berlin.play()
+    late = Late(berlin.kube)
+    await berlin.reconcile(late)
+    other = late.pods["berlin-1"]
+    with pytest.raises(ApiError) as refused:
+        await berlin.kube.evict(berlin.namespace, "berlin-1", other["uid"], other["resourceVersion"])
+    assert refused.value.status == 429
+    assert await roll(berlin, Recorder(berlin.kube)) == ["berlin-1", "berlin-0"]
+
+
+async def test_a_pod_that_has_changed_meanwhile_is_looked_at_again(berlin: World) -> None:
+    class Slow(Recorder):
+        async def evict(self, namespace: str, name: str, uid: str, version: str) -> None:
+            await berlin.pod_status(name, conditions=[{"type": "Ready", "status": "True", "message": "again"}])
+            await super().evict(namespace, name, uid, version)
+
+    await settled(berlin)
+    await berlin.change(**NEW)
+    await berlin.reconcile()
+    await berlin.play()
+    slow = Slow(berlin.kube)
+    await berlin.reconcile(slow)
+    assert ("evict", "Pod", "berlin-2") in slow.writes
+    assert all("deletionTimestamp" not in pod["metadata"] for pod in await berlin.pods())
+
+
+async def test_a_crash_at_or_after_any_eviction(api: ControlPlane, berlin: World) -> None:
+    """The next operator finishes, and at no time is more than one pod away."""
+    await settled(berlin)
+    await berlin.change(**NEW)
+    calm = Recorder(berlin.kube)
+    await roll(berlin, calm)
+    evictions = [number for number, (verb, _, _) in enumerate(calm.writes, 1) if verb == "evict"]
+    for number, lost in [(number + after, lost) for number in evictions for after, lost in ((0, True), (1, False))]:
+        async with world(api) as place:
+            await settled(place)
+            await place.change(**NEW)
+            evicted = await roll(place, Recorder(place.kube, fail_at=number, lost=lost))
+            assert sorted(set(evicted)) == ["berlin-0", "berlin-1", "berlin-2"], calm.writes[number - 1]
+            assert condition(await place.region())["status"] == "True"
+            assert set((await image_of(place)).values()) == {NEW["image"]}
+
+
+async def test_the_strategy_of_an_older_release_changes_without_a_restart(berlin: World) -> None:
+    """The API server's defaults for RollingUpdate go with no other strategy, and nobody owns them."""
+    await settled(berlin)
+    pods = [pod["metadata"]["uid"] for pod in await berlin.pods()]
+    owner = await berlin.get("StatefulSet", "berlin")
+    before = revision(owner)
+    await berlin.kube.merge("StatefulSet", berlin.namespace, "berlin", {"spec": {"updateStrategy": {"type": None}}})
+    older = await berlin.get("StatefulSet", "berlin")
+    assert older["spec"]["updateStrategy"] == {"type": "RollingUpdate", "rollingUpdate": {"partition": 0}}
+    await berlin.settle()
+    after = await berlin.get("StatefulSet", "berlin")
+    assert after["spec"]["updateStrategy"] == {"type": "OnDelete"}
+    assert revision(after) == before
+    assert [pod["metadata"]["uid"] for pod in await berlin.pods()] == pods
+    assert condition(await berlin.region())["status"] == "True"
+    recorder = Recorder(berlin.kube)
+    await berlin.reconcile(recorder)
+    assert recorder.writes == []
+
+
+async def test_kubectl_rollout_restart(api: ControlPlane, berlin: World) -> None:
+    await settled(berlin)
+    done = api.kubectl("rollout", "restart", "statefulset/berlin", f"--namespace={berlin.namespace}")
+    assert done.returncode == 0, done.stderr
+    await berlin.play()
+    assert len(await roll(berlin, Recorder(berlin.kube))) == 3
+    owner = await berlin.get("StatefulSet", "berlin")
+    assert "kubectl.kubernetes.io/restartedAt" in owner["spec"]["template"]["metadata"]["annotations"]
+
+
+async def test_files_that_only_a_new_pod_can_have_hold_up_nothing(berlin: World) -> None:
+    """Old pods lack the volume with the new certificates: they are asked for what the map has promised."""
+    await settled(berlin)
+    promised = {pod: target.host_name for pod, target in berlin.relays.asked.items()}
+    tls = {"hostName": "Template", "hostNameTemplate": "{pod}.example.com", "certificates": [{"secretName": "none"}]}
+    await berlin.change(tls=tls)
+    assert len(await roll(berlin, Recorder(berlin.kube))) == 3
+    assert {pod: target.host_name for pod, target in berlin.relays.asked.items()} == promised
+    assert condition(await berlin.region())["reason"] == "SecretNotFound"
+
+
+async def test_a_paused_region_keeps_its_pods(berlin: World) -> None:
+    await settled(berlin)
+    await berlin.change(**NEW)
+    await berlin.reconcile()
+    await berlin.play()
+    await berlin.change(paused=True)
+    assert await roll(berlin, Recorder(berlin.kube), least=3) == []
+    assert "berlin-0, berlin-1, berlin-2 later" in condition(await berlin.region())["message"]
+    await berlin.change(paused=None)
+    assert len(await roll(berlin, Recorder(berlin.kube))) == 3
