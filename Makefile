@@ -96,7 +96,13 @@ test-api: venv ## a real kube-apiserver (needs Go)
 	@echo "==> API tests, with a real kube-apiserver"; $(BIN)/pytest tests/api $(ARGS)
 
 test-e2e: venv ## the embedded cluster (needs Go, root and Linux)
-	@echo "==> end-to-end tests, on a real cluster"; $(BIN)/pytest tests/e2e $(ARGS)
+	@echo "==> end-to-end tests, on a real cluster"; $(BIN)/pytest tests/e2e -m "not faults" $(ARGS)
+
+test-faults: venv ## faults of nodes and of the cluster that take minutes (as test-e2e)
+	@echo "==> faults, on a real cluster"; $(BIN)/pytest tests/e2e -m faults $(ARGS)
+
+tables: venv ## the tables of docs/changes.md, from what the last end-to-end tests noted
+	@$(RUN) tests.e2e.ledger
 
 bench: venv ## packets per second and more, against stock derper in the same run (about half an hour; ARGS=--quick: 3 minutes; ARGS=--resume goes on)
 	@$(RUN) bench $(ARGS)
@@ -104,4 +110,4 @@ bench: venv ## packets per second and more, against stock derper in the same run
 bench-scale: venv ## 9 nodes with 20,000 clients: the mesh's control plane, against stock derper (about five minutes)
 	@$(RUN) bench.scale $(ARGS)
 
-.PHONY: help venv lock demo demo-down kubeconfig region images lint test test-unit test-pure test-fuzz fuzz test-hostile test-slow test-interop test-workers test-api test-e2e bench bench-scale
+.PHONY: help venv lock demo demo-down kubeconfig region images lint test test-unit test-pure test-fuzz fuzz test-hostile test-slow test-interop test-workers test-api test-e2e test-faults tables bench bench-scale

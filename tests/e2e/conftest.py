@@ -9,8 +9,11 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Protocol
 
 import pytest
+import pytest_asyncio
 
 from dev.cluster import binaries, prepare, processes, state
 from dev.cluster.lifecycle import Cluster
@@ -18,11 +21,25 @@ from dev.cluster.steps import ClusterError, Steps, UnsupportedError
 from tests.interop.gobuild import Peers, build_peers
 
 from . import relays
+from .clients import DEMO, Clients, Seen
 from .kube import Kube
-from .tailnet import DEMO
+from .ledger import CHANGES, Ledger
 
 Report = Callable[[str], None]
 """Prints a measurement, also when the test passes."""
+
+
+class Record(Protocol):
+    """Notes what the clients saw of a change as a row of a table."""
+
+    def __call__(self, what: str, seen: Seen, *, table: str = ..., says: str = ..., heals: str = ...) -> None: ...
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One event loop for all tests here: the clients live in it from test to test."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent) and pytest_asyncio.is_async_test(item):
+            item.add_marker(pytest.mark.asyncio(loop_scope="session"), append=False)
 
 
 def _uncaptured(config: pytest.Config) -> AbstractContextManager[None]:
@@ -96,6 +113,22 @@ def peers(request: pytest.FixtureRequest, kube: Kube) -> Peers:
     return build_peers(step)
 
 
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def clients(kube: Kube, peers: Peers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Clients]:
+    """Six real clients of the demo's region."""
+    await kube.ready(DEMO.name, DEMO.namespace)
+    async with Clients.of(peers, kube, DEMO, tmp_path_factory.mktemp("clients")) as six:
+        yield six
+
+
+@pytest.fixture(scope="session")
+def ledger(kube: Kube) -> Iterator[Ledger]:
+    """What the clients noticed of each change; `make tables` makes the tables of the documentation of it."""
+    ledger = Ledger(state.paths(os.environ).cache / "noticed.json")
+    yield ledger
+    ledger.write()
+
+
 @pytest.fixture
 def report(request: pytest.FixtureRequest) -> Report:
     def say(text: str) -> None:
@@ -105,13 +138,24 @@ def report(request: pytest.FixtureRequest) -> Report:
     return say
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
+def record(ledger: Ledger, report: Report) -> Record:
+    """Notes a row of a table."""
+
+    def note(what: str, seen: Seen, *, table: str = CHANGES, says: str = "", heals: str = "") -> None:
+        report(f"{what}: {seen}")
+        ledger.add(table, what, seen, says=says, heals=heals)
+
+    return note
+
+
+@pytest_asyncio.fixture(loop_scope="session", autouse=True)
 async def demo_is_whole(kube: Kube) -> None:
     """Every test finds the demo's region Ready, whatever the one before it did."""
     await kube.ready(DEMO.name, DEMO.namespace)
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="session")
 async def operator_afterwards(kube: Kube) -> AsyncIterator[None]:
     """The operator is at work when the test is over, however it went."""
     yield

@@ -9,8 +9,8 @@ import aiohttp
 
 from tests.interop.processes import HANG
 
+from .clients import OPERATOR, Where
 from .kube import Kube, Object
-from .tailnet import OPERATOR, Where
 
 RELAY_METRICS = 9090
 OPERATOR_METRICS = 8080

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from derper import derpmap
-from tests.interop.gobuild import Peers
 
+from .clients import DEMO, OPERATOR, Clients
 from .conftest import Report
 from .kube import Kube
-from .tailnet import DEMO, OPERATOR, tailnet, told
 
 
 async def test_columns_tell_that_it_is_ready(kube: Kube) -> None:
@@ -41,25 +39,16 @@ async def test_relays_are_on_different_machines(kube: Kube) -> None:
     assert len({pod["spec"]["nodeName"] for pod in pods}) == 3
 
 
-async def test_real_clients_use_the_published_map_as_it_is(
-    kube: Kube, peers: Peers, report: Report, tmp_path: Path
-) -> None:
-    async with tailnet(peers, await kube.derp_map(DEMO.name, DEMO.namespace), tmp_path, apart=False) as net:
-        assert await net.connected("a") == await net.connected("b") == "900a"
-        summary = await net.http("a", "b", count=100, size=20_000, interval=0)
-        report(told(summary))
-        assert (summary.ok, summary.failed) == (100, 0), summary.errors
-        status = await net.status("a")
+async def test_real_clients_talk_on_one_relay_and_through_the_mesh(clients: Clients, report: Report) -> None:
+    async with clients.notice() as seen:
+        assert [await clients.net.relay_of(name) for name in "abcdef"] == ["900a", "900b", "900c"] * 2
+        summaries = [await clients.net.http("a", peer, count=100, size=20_000, interval=0) for peer in "db"]
+        report("; ".join(map(str, summaries)))
+        assert [(summary.ok, summary.failed) for summary in summaries] == [(100, 0)] * 2
+        status = await clients.net.status("a")
         assert status["peers"]["b"] == {"relay": "demo", "direct": ""}
-
-
-async def test_real_clients_talk_through_the_mesh(kube: Kube, peers: Peers, report: Report, tmp_path: Path) -> None:
-    async with tailnet(peers, await kube.derp_map(DEMO.name, DEMO.namespace), tmp_path, apart=True) as net:
-        assert await net.connected("a") == "900a"
-        summary = await net.http("a", "b", count=100, size=20_000, interval=0)
-        report(told(summary))
-        assert (summary.ok, summary.failed) == (100, 0), summary.errors
-        assert await net.relay_of("b") == "900c"
+    report(str(seen))
+    seen.nothing()
 
 
 async def test_pods_are_restricted(kube: Kube) -> None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from tests.interop.gobuild import Peers
-
 from . import relays
-from .conftest import Report
-from .kube import Journal, Kube, is_true
-from .tailnet import DEMO, ENOUGH, tailnet, told
+from .clients import DEMO, Clients
+from .conftest import Record
+from .kube import Kube
 
 CHILDREN = "statefulset,service,secret,configmap,poddisruptionbudget,networkpolicy,serviceaccount,pod"
 
@@ -22,70 +18,47 @@ async def versions(kube: Kube) -> dict[tuple[str, str], str]:
     return {(item["kind"], item["metadata"]["name"]): item["metadata"]["resourceVersion"] for item in found}
 
 
-@pytest.mark.parametrize("how", [[], ["--force", "--grace-period=0"]], ids=["politely", "by-force"])
-async def test_a_pod_is_deleted_with_both_clients_on_it(
-    kube: Kube, peers: Peers, report: Report, tmp_path: Path, how: list[str]
-) -> None:
+@pytest.mark.parametrize(
+    ("what", "how"),
+    [
+        ("pod deleted", []),
+        ("pod deleted by force", ["--force", "--grace-period=0"]),
+    ],
+)
+async def test_a_pod_is_deleted(kube: Kube, clients: Clients, record: Record, what: str, how: list[str]) -> None:
     published = await kube.get("configmap", "demo-derpmap", DEMO.namespace)
     key = await relays.server_key(kube, "demo-0", DEMO.namespace)
-    async with (
-        Journal(kube, DEMO.namespace, "Pod") as journal,
-        tailnet(peers, await kube.derp_map(DEMO.name, DEMO.namespace), tmp_path, apart=False) as net,
-    ):
-        assert await net.connected("a") == await net.connected("b") == "900a"
-        traffic = await net.start_traffic("a", "b")
-        await traffic.next_ok(ENOUGH)
-        old = (await kube.get("pod", "demo-0", DEMO.namespace))["metadata"]["uid"]
-        start = journal.mark()
+    async with clients.notice() as seen, clients.made_anew("demo-0"):
         await kube.run("delete", "pod", "demo-0", f"--namespace={DEMO.namespace}", "--wait=false", *how)
-        await net.connected("a", "900b")
-        await net.connected("b", "900b")
-        await traffic.next_ok(ENOUGH)
-        back = await journal.until(
-            lambda c: c.name == "demo-0" and c.object["metadata"]["uid"] != old and is_true(c.object, "Ready"),
-            "a new pod demo-0 is Ready",
-            since=start,
-        )
-        await traffic.next_ok(ENOUGH)
-        summary = await traffic.stop()
-    report(f"{told(summary)}; a new pod was Ready after {back.at - journal.changes[start].at:.1f} s")
+    record(what, seen)
+    seen.only_what_was_forced()
     await kube.ready(DEMO.name, DEMO.namespace)
     assert await relays.server_key(kube, "demo-0", DEMO.namespace) == key
     assert (await kube.get("configmap", "demo-derpmap", DEMO.namespace)) == published, "the map is not even written"
     assert (await kube.probe(DEMO.name, DEMO.namespace)).status == 0
 
 
-async def test_the_operator_is_restarted(kube: Kube, peers: Peers, report: Report, tmp_path: Path) -> None:
-    async with tailnet(peers, await kube.derp_map(DEMO.name, DEMO.namespace), tmp_path, apart=True) as net:
-        traffic = await net.start_traffic("a", "b")
-        await traffic.next_ok(ENOUGH)
+async def test_the_operator_is_restarted(kube: Kube, clients: Clients, record: Record) -> None:
+    async with clients.notice() as seen:
         before = await versions(kube)
         await relays.restart_operator(kube)
         await relays.operator_passes(kube, DEMO, 3)
         assert await versions(kube) == before
-        await traffic.next_ok(ENOUGH)
-        summary = await traffic.stop()
-    report(told(summary))
-    assert summary.failed == 0, summary.errors
+    record("operator restarted", seen)
+    seen.nothing()
 
 
 @pytest.mark.usefixtures("operator_afterwards")
-async def test_the_operator_is_down_and_a_relay_is_lost(
-    kube: Kube, peers: Peers, report: Report, tmp_path: Path
-) -> None:
+async def test_the_operator_is_down_and_a_relay_is_lost(kube: Kube, clients: Clients, record: Record) -> None:
     """What needs no change goes on without it: a pod that is lost comes back and finds its keys and its peers."""
-    async with tailnet(peers, await kube.derp_map(DEMO.name, DEMO.namespace), tmp_path, apart=True) as net:
-        traffic = await net.start_traffic("a", "b")
-        await traffic.next_ok(ENOUGH)
+    async with clients.notice() as seen:
         await relays.scale_operator(kube, 0)
         before = await versions(kube)
-        await kube.run("delete", "pod", "demo-1", f"--namespace={DEMO.namespace}")
-        await kube.wait("pod/demo-1", "condition=Ready", DEMO.namespace)
+        async with clients.made_anew("demo-1"):
+            await kube.run("delete", "pod", "demo-1", f"--namespace={DEMO.namespace}")
         assert (await kube.probe(DEMO.name, DEMO.namespace)).status == 0
-        await traffic.next_ok(ENOUGH)
-        summary = await traffic.stop()
-    report(told(summary))
-    assert summary.failed == 0, summary.errors
+    record("pod deleted with the operator down", seen)
+    seen.only_what_was_forced()
     counting = {("Pod", "demo-1"), ("StatefulSet", "demo"), ("PodDisruptionBudget", "demo")}
     quiet = {key: version for key, version in before.items() if key not in counting}
     assert (await versions(kube)).items() >= quiet.items()

@@ -13,9 +13,9 @@ import pytest
 
 from dev.cluster import network
 
+from .clients import Where
 from .conftest import Report
 from .kube import Change, Journal, Kube, condition, nodes_in, region
-from .tailnet import Where
 
 SLOW = 60.0
 """Seconds from `kubectl apply` to Ready that no run takes. What is promised on a quiet machine is 15."""

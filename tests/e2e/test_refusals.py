@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from .clients import DEMO
 from .kube import Kube, region
-from .tailnet import DEMO
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from . import relays
+from .clients import DEMO
 from .kube import Kube, region
-from .tailnet import DEMO
 
 NODE_PORTS = {"type": "NodePort"}
 EVERYTHING = "derpregion,statefulset,pod,service,secret,configmap,poddisruptionbudget,networkpolicy,serviceaccount"

@@ -7,19 +7,19 @@ import json
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 
-import pytest
+import pytest_asyncio
 
 from derper import certs
 
 from . import relays
+from .clients import Where
 from .kube import Change, Journal, Kube, Object, condition, is_true, region
-from .tailnet import Where
 
 NODE_PORTS = {"type": "NodePort", "nodePort": {"derpPortBase": 31443, "stunPortBase": 31478}}
 KINDS = ("Service", "ConfigMap", "PodDisruptionBudget", "StatefulSet", "DerpRegion")
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="session")
 async def where(kube: Kube) -> AsyncIterator[Where]:
     """A region that is Ready."""
     async with kube.namespace("e2e-repair") as namespace:

@@ -1,26 +1,22 @@
-"""From three relays to five and back, under the traffic of two real clients that talk through the mesh."""
+"""From three relays to five and back, under the traffic of real clients."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from pathlib import Path
 
-import pytest
-
-from tests.interop.gobuild import Peers
-from tests.interop.peers import Traffic
+import pytest_asyncio
 
 from . import relays
-from .conftest import Report
+from .clients import DEMO, Clients, is_map
+from .conftest import Record, Report
 from .kube import Change, Journal, Kube, Object, is_true, nodes_in
-from .tailnet import DEMO, ENOUGH, control, is_map, tailnet, told
 
 SLOW = 60.0
 """Seconds that nothing here takes on any machine. What is promised is 10; reported is what it took."""
 
 
-@pytest.fixture(autouse=True)
+@pytest_asyncio.fixture(loop_scope="session", autouse=True)
 async def three_again(kube: Kube) -> AsyncIterator[None]:
     yield
     await scale(kube, 3)
@@ -48,34 +44,29 @@ async def template(kube: Kube) -> str:
     return json.dumps([item["spec"]["template"], item["status"]["updateRevision"]], sort_keys=True)
 
 
-async def test_from_three_to_five_and_back(kube: Kube, peers: Peers, report: Report, tmp_path: Path) -> None:
+async def test_from_three_to_five_and_back(kube: Kube, clients: Clients, record: Record, report: Report) -> None:
     derp_map = await kube.derp_map(DEMO.name, DEMO.namespace)
     first, pod_template = await running(kube), await template(kube)
-    async with (
-        Journal(kube, DEMO.namespace, "Pod", "ConfigMap", "DerpRegion") as journal,
-        tailnet(peers, derp_map, tmp_path, apart=True) as net,
-        control(net, journal, DEMO),
-    ):
-        traffic = await net.start_traffic("a", "b")
-        await traffic.next_ok(ENOUGH)
+    async with Journal(kube, DEMO.namespace, "Pod", "ConfigMap", "DerpRegion") as journal:
         start = journal.mark()
-        await scale(kube, 5)
-        nodes_came_after_they_answered(journal, start)
-        await net.connected("b", "900e")
-        up = await rest(traffic)
-        report(f"to five: {told_by(journal, start)}")
+        async with clients.notice() as seen:
+            await scale(kube, 5)
+            nodes_came_after_they_answered(journal, start)
+            await clients.has_map(await kube.derp_map(DEMO.name, DEMO.namespace))
+            await clients.net.connected("e", "900e")
+        record("scale 3 to 5", seen)
+        seen.only_what_was_forced()
+        report(told_by(journal, start))
         assert await running(kube) == first | {f"demo-{n}": await alone(kube, n) for n in (3, 4)}
         assert (await kube.probe(DEMO.name, DEMO.namespace)).status == 0
-        report(f"to five: {up}")
 
-        traffic = await net.start_traffic("a", "b")
-        await traffic.next_ok(ENOUGH)
         start = journal.mark()
-        await scale(kube, 3)
-        nodes_left_before_their_pods(journal, start)
-        await net.connected("b", "900c")
-        down = await rest(traffic, may_fail=True)
-        report(f"to three: {down}")
+        async with clients.notice() as seen:
+            await scale(kube, 3)
+            nodes_left_before_their_pods(journal, start)
+            await clients.net.connected("e", "900b")
+        record("scale 5 to 3", seen)
+        seen.only_what_was_forced()
         assert await running(kube) == first
     assert await template(kube) == pod_template
     assert await kube.derp_map(DEMO.name, DEMO.namespace) == derp_map
@@ -86,14 +77,6 @@ async def alone(kube: Kube, number: int) -> tuple[str, int]:
     uid, restarts = identity(await kube.get("pod", f"demo-{number}", DEMO.namespace))
     assert restarts == 0
     return uid, restarts
-
-
-async def rest(traffic: Traffic, *, may_fail: bool = False) -> str:
-    """See that traffic goes on, end it, and say how it was."""
-    await traffic.next_ok(ENOUGH)
-    summary = await traffic.stop()
-    assert may_fail or summary.failed == 0, summary.errors
-    return told(summary)
 
 
 def pod_ready(journal: Journal, name: str, since: int) -> Change:

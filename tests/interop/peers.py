@@ -159,22 +159,37 @@ class Traffic:
 
     def __init__(self, node: TailnetNode, traffic_id: str) -> None:
         self.id = traffic_id
+        self.answered = 0
         self._node = node
+        self._more = asyncio.Event()
+
+    def note(self, event: Event) -> None:
+        """A request is done."""
+        self.answered += event["ok"]
+        self._more.set()
+
+    def end(self) -> None:
+        """No more answers can come: wake those who wait for one."""
+        self._more.set()
 
     async def next_ok(self, count: int = 1) -> None:
         """Wait for good answers that come after this call."""
-        self._forget()
-        for _ in range(count):
-            await self._node.events.expect("request", lambda e: e["traffic"] == self.id and e["ok"])
-
-    def _forget(self) -> None:
-        pending = self._node.events.pending
-        pending[:] = [e for e in pending if e.get("traffic") != self.id]
+        enough = self.answered + count
+        try:
+            async with asyncio.timeout(HANG):
+                while self.answered < enough:
+                    if not self._node.running:
+                        raise self._node.died()
+                    self._more.clear()
+                    await self._more.wait()
+        except TimeoutError:
+            missing = enough - self.answered
+            raise AssertionError(f"{self.id} from {self._node.name}: {missing} of {count} answers missing") from None
 
     async def stop(self) -> Summary:
         """End the stream, or wait for its end if it has a count, and sum it up."""
         answer = await self._node.command("stop_traffic", id=self.id)
-        self._forget()
+        del self._node.traffic[self.id]
         return Summary(
             ok=answer["ok"],
             failed=answer["failed"],
@@ -196,8 +211,13 @@ class TailnetNode(LineProcess):
         super().__init__(argv, workdir / f"{name}.log", env)
         self.ip = ""
         self.key = ""
+        self.traffic: dict[str, Traffic] = {}
+        self.relays: dict[str, str] = {}
+        """Names of the relays in all its maps so far, by address."""
         self.remotes: list[str] = []
         """Addresses of the TCP connections when it last connected to a relay; the relay's is among them."""
+        self.connects: list[str] = []
+        """The relays that it has connected to, in order; "" if that was one of no map."""
         self.relay_changed = asyncio.Event()
 
     async def start(self) -> None:
@@ -208,13 +228,27 @@ class TailnetNode(LineProcess):
     def dispatch(self, event: Event) -> None:
         if event["event"] == "relay":
             self.remotes = event["remotes"]
+            self.connects.append(self.relay_at(self.remotes))
             self.relay_changed.set()
-        else:
+        elif event["event"] != "request":
             super().dispatch(event)
+        elif traffic := self.traffic.get(event["traffic"]):
+            traffic.note(event)
+
+    def learn(self, derp_map: DERPMap) -> None:
+        """Note the relays of a map that it is about to get."""
+        nodes = (node for region in derp_map["Regions"].values() for node in region["Nodes"])
+        self.relays |= {f"{node['IPv4']}:{node['DERPPort']}": node["Name"] for node in nodes}
+
+    def relay_at(self, remotes: Sequence[str]) -> str:
+        """The relay among the addresses of its TCP connections, by its name in the map, or nothing."""
+        return ",".join(sorted({self.relays[remote] for remote in remotes if remote in self.relays}))
 
     def end_events(self) -> None:
         super().end_events()
         self.relay_changed.set()
+        for traffic in self.traffic.values():
+            traffic.end()
 
 
 class TailnetHarness:
@@ -242,7 +276,6 @@ class TailnetHarness:
         self._env = env
         self._first = derp_map
         self._own = own or {}
-        self._maps: dict[str, DERPMap] = {**dict.fromkeys(names, derp_map), **self._own}
         self._stack = AsyncExitStack()
         self._streams = 0
 
@@ -264,43 +297,54 @@ class TailnetHarness:
         argv: list[str | Path] = [self._binary, "control", f"-map={first}"]
         self._control = await self._stack.enter_async_context(LineProcess(argv, self._workdir / "control.log"))
         url = (await self._control.events.expect("ready"))["url"]
-        for name, own in self._own.items():
-            await self._control.command("set_map", map=own, node=name)
-        for name in self._names:
-            node = TailnetNode(self._binary, name, url, self._workdir, self._env)
-            self.nodes[name] = await self._stack.enter_async_context(node)
+        if self._own:
+            await self._control.command("set_map", maps=self._own)
+        async with asyncio.TaskGroup() as group:
+            for name in self._names:
+                group.create_task(self._start_node(name, url))
         for name, node in self.nodes.items():
             await self.connected(name)
             await node.command("await_peers", count=len(self._names) - 1)
 
+    async def _start_node(self, name: str, url: str) -> None:
+        node = TailnetNode(self._binary, name, url, self._workdir, self._env)
+        node.learn(self._own.get(name, self._first))
+        self.nodes[name] = await self._stack.enter_async_context(node)
+
     async def set_map(self, derp_map: DERPMap, node: str | None = None) -> None:
         """Hand out a new DERP map, to one node or to all; returns when they have it (they act on it afterwards)."""
-        affected = [node] if node else list(self._names)
-        self._maps.update(dict.fromkeys(affected, derp_map))
-        await self._control.command("set_map", map=derp_map, node=node or "")
-        for name in affected:
-            await self.nodes[name].command("await_map", map=derp_map)
+        await self.set_maps(dict.fromkeys([node] if node else self._names, derp_map))
+
+    async def set_maps(self, maps: Mapping[str, DERPMap]) -> None:
+        """Hand out new DERP maps, to each node its own and to all at once; returns when they have them."""
+        for name, handed in maps.items():
+            self.nodes[name].learn(handed)
+        await self._control.command("set_map", maps=maps)
+        for name, handed in maps.items():
+            await self.nodes[name].command("await_map", map=handed)
 
     async def connected(self, name: str, relay: str | None = None) -> str:
         """Wait until the relay that the node has connected to last is this one (by its name in the map), or any."""
         node = self.nodes[name]
-        async with asyncio.timeout(HANG):
-            while not (current := self._relay_name(name, node.remotes)) or relay not in (None, current):
-                if not node.running:
-                    raise node.died()
-                node.relay_changed.clear()
-                await node.relay_changed.wait()
-        return current
+        try:
+            async with asyncio.timeout(HANG):
+                while not any(node.connects[-1:]) or relay not in (None, node.connects[-1]):
+                    if not node.running:
+                        raise node.died()
+                    node.relay_changed.clear()
+                    await node.relay_changed.wait()
+        except TimeoutError:
+            raise AssertionError(f"{name} did not connect to {relay or 'a relay'}, but to {node.connects}") from None
+        return node.connects[-1]
+
+    async def reconnect(self, name: str) -> None:
+        """Let the node connect anew, from the first relay of its map on: `tailscale debug break-derp-conns`."""
+        await self.nodes[name].command("reconnect")
 
     async def relay_of(self, name: str) -> str:
         """The relay that the node has a TCP connection to now, by its name in the map, or nothing."""
         status = await self.nodes[name].command("status")
-        return self._relay_name(name, status["remotes"])
-
-    def _relay_name(self, name: str, remotes: Sequence[str]) -> str:
-        nodes = [n for region in self._maps[name]["Regions"].values() for n in region["Nodes"]]
-        known = {f"{n['IPv4']}:{n['DERPPort']}": n["Name"] for n in nodes}
-        return ",".join(sorted({known[remote] for remote in remotes if remote in known}))
+        return self.nodes[name].relay_at(status["remotes"])
 
     async def status(self, name: str) -> dict[str, Any]:
         """`home`: code of the home region; `peers`: by name, with `direct` set if a peer is reached without a relay;
@@ -322,6 +366,7 @@ class TailnetHarness:
         given up after `timeout` seconds; until stopped, or `count` of them."""
         self._streams += 1
         traffic = Traffic(self.nodes[source], f"traffic-{self._streams}")
+        self.nodes[source].traffic[traffic.id] = traffic
         await self.nodes[source].command(
             "start_traffic",
             id=traffic.id,

@@ -5,6 +5,7 @@ import (
 	"flag"
 	"fmt"
 	"log"
+	"maps"
 	"net/http/httptest"
 	"os"
 	"sync"
@@ -17,7 +18,8 @@ import (
 
 // control is a tailnet's control server that can hand out a new DERP map at any time, to all nodes or to one.
 type control struct {
-	server *testcontrol.Server
+	server  *testcontrol.Server
+	sending sync.Mutex
 
 	mu     sync.Mutex
 	manual bool                        // a map was set: from then on every update is pushed by us
@@ -58,20 +60,19 @@ func runControl(args []string) error {
 
 func (c *control) setMap(r *request) error {
 	var a struct {
-		Map  *tailcfg.DERPMap `json:"map"`
-		Node string           `json:"node"` // empty: all nodes
+		Map  *tailcfg.DERPMap            `json:"map"`  // for all nodes
+		Maps map[string]*tailcfg.DERPMap `json:"maps"` // or for each of these, by host name
 	}
 	if err := r.decode(&a); err != nil {
 		return err
 	}
 	c.mu.Lock()
 	c.manual = true
-	if a.Node == "" {
+	if a.Map != nil {
 		c.common = a.Map
 		clear(c.own)
-	} else {
-		c.own[a.Node] = a.Map
 	}
+	maps.Copy(c.own, a.Maps)
 	c.mu.Unlock()
 	return c.push()
 }
@@ -112,6 +113,8 @@ func (c *control) pushTo(node key.NodePublic, hostname string) error {
 	if err != nil {
 		return err
 	}
+	c.sending.Lock()
+	defer c.sending.Unlock() // a map must not overtake a newer one
 	res.DERPMap = c.mapOf(hostname)
 	if !c.server.AddRawMapResponse(node, res) {
 		return fmt.Errorf("node %s is not connected to its control server", hostname)

@@ -148,6 +148,8 @@ func (n *node) handle(r *request) {
 		go func() { r.reply(nil, n.awaitMap(r)) }()
 	case "await_peers":
 		go func() { r.reply(nil, n.awaitPeers(r)) }()
+	case "reconnect":
+		go func() { r.reply(nil, n.local.DebugAction(context.Background(), "break-derp-conns")) }()
 	case "status":
 		go func() { r.reply(n.status()) }()
 	default:

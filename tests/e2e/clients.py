@@ -1,0 +1,252 @@
+"""Six real Tailscale clients that talk through a region of the cluster, and what they notice of its changes."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from derp_operator import names
+
+from tests.interop.gobuild import Peers
+from tests.interop.peers import Summary, TailnetHarness, Traffic
+
+from .drops import DropMeter
+from .kube import Change, Journal, Kube, Object, is_true, map_in
+
+NAMES = "abcdef"
+PAIRS = ("ad", "be", "cf", "ab", "cd", "ef")
+"""Who talks with whom, both ways. Of three relays, the first three pairs share one, the others use the mesh."""
+ENOUGH = 25
+"""Requests that show that traffic flows, at one each 20 ms."""
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Where:
+    """A region in the cluster."""
+
+    name: str
+    namespace: str
+
+
+DEMO = Where("demo", "derp-demo")
+OPERATOR = Where("derp-operator", "derp-operator")
+
+
+@dataclass
+class Seen:
+    """What the clients saw of one change. Complete when the block of `Clients.notice` is left."""
+
+    maps: int = 0
+    lost: Counter[str] = field(default_factory=Counter)
+    """How often each relay left its clients, by its name in the map."""
+    reconnects: dict[str, int] = field(default_factory=dict)
+    needless: dict[str, int] = field(default_factory=dict)
+    """Reconnects that neither a new map nor a lost relay forced, by client."""
+    drops: Counter[str] = field(default_factory=Counter)
+    """Packets that relays dropped, by reason; without clients' own probes of paths (disco)."""
+    streams: dict[str, Summary] = field(default_factory=dict)
+
+    @property
+    def answered(self) -> int:
+        return sum(summary.ok for summary in self.streams.values())
+
+    @property
+    def failed(self) -> int:
+        return sum(summary.failed for summary in self.streams.values())
+
+    @property
+    def stall(self) -> float:
+        """Milliseconds, the longest of all streams."""
+        return max(summary.longest_stall_ms for summary in self.streams.values())
+
+    @property
+    def errors(self) -> set[str]:
+        return {error for summary in self.streams.values() for error in summary.errors}
+
+    def only_what_was_forced(self) -> None:
+        """Assert that no request failed, and that no client had to connect anew but for a new map or a lost relay."""
+        assert self.failed == 0, f"{self}\n{self.errors}"
+        assert not any(self.needless.values()), f"needless reconnects {self.needless}: {self}"
+
+    def nothing(self) -> None:
+        """Assert that no request failed and nobody had to connect anew."""
+        self.only_what_was_forced()
+        assert not any(self.reconnects.values()), str(self)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.answered} requests answered, {self.failed} failed, longest stall {self.stall:.0f} ms, "
+            f"reconnects {self.reconnects} ({self.maps} maps, lost {dict(self.lost)}), dropped {dict(self.drops)}"
+        )
+
+
+def turned(derp_map: Object, by: int) -> Object:
+    """The map with its nodes in the same circle, from another one on: its clients prefer that."""
+    copied = copy.deepcopy(derp_map)
+    for region in copied["Regions"].values():
+        first = by % len(region["Nodes"])
+        region["Nodes"] = region["Nodes"][first:] + region["Nodes"][:first]
+    return copied
+
+
+def is_map(where: Where, change: Change) -> bool:
+    return change.kind == "ConfigMap" and change.name == f"{where.name}-derpmap" and change.type != "DELETED"
+
+
+class Clients:
+    """Six clients of one region, spread over its relays, and a control server that hands them every published map."""
+
+    def __init__(self, net: TailnetHarness, journal: Journal, meter: DropMeter, kube: Kube, where: Where) -> None:
+        self.net = net
+        self._journal = journal
+        self._meter = meter
+        self._kube = kube
+        self._where = where
+        self._read = 0
+        self._maps: dict[str, Object] = {}
+        self._handed = 0
+        self._news = asyncio.Event()
+
+    @classmethod
+    @asynccontextmanager
+    async def of(cls, peers: Peers, kube: Kube, where: Where, workdir: Path) -> AsyncIterator[Clients]:
+        """Bring them up, warm."""
+        derp_map = await kube.derp_map(where.name, where.namespace)
+        async with (
+            Journal(kube, where.namespace, "Pod", "ConfigMap") as journal,
+            DropMeter(journal) as meter,
+            TailnetHarness(peers.peers, derp_map, workdir, names=NAMES) as net,
+        ):
+            clients = cls(net, journal, meter, kube, where)
+            task = asyncio.create_task(clients._follow())
+            try:
+                yield clients
+            finally:
+                task.cancel()
+                await asyncio.wait([task])
+                if not task.cancelled():
+                    task.result()
+
+    async def _follow(self) -> None:
+        """Be the control server: hand every map that is published to all clients at once, each turned its own way."""
+        while True:
+            change = await self._journal.until(
+                lambda c: is_map(self._where, c), "a new map", since=self._read, patience=86400
+            )
+            self._read = self._journal.changes.index(change) + 1
+            await self._hand_out(map_in(change.object))
+
+    async def _hand_out(self, derp_map: Object) -> None:
+        maps = {name: turned(derp_map, number) for number, name in enumerate(NAMES)}
+        changed = self._maps != maps
+        if changed and self._maps:
+            self._handed += 1
+        self._maps = maps
+        if changed:
+            await self.net.set_maps(maps)
+        self._news.set()
+        self._news.clear()
+
+    def preferred(self, name: str) -> str:
+        """The first relay of a client's map."""
+        [region] = self._maps[name]["Regions"].values()
+        return str(region["Nodes"][0]["Name"])
+
+    async def has_map(self, derp_map: Object) -> None:
+        """Wait until the clients have been handed this map."""
+        while not self._maps or self._maps[NAMES[0]] != derp_map:
+            await self._news.wait()
+
+    async def settle(self) -> None:
+        """Every client on the relay that it prefers, and its way to its peers warm."""
+        await self.has_map(await self._kube.derp_map(self._where.name, self._where.namespace))
+        for name in NAMES:
+            if await self.net.relay_of(name) != self.preferred(name):
+                await self.net.reconnect(name)
+        for name in NAMES:
+            await self.net.connected(name, self.preferred(name))
+        async with asyncio.TaskGroup() as group:
+            for source, target in _directions():
+                group.create_task(self.net.http(source, target, count=WARM_UP))
+
+    @asynccontextmanager
+    async def notice(self) -> AsyncIterator[Seen]:
+        """All clients in conversation while the block makes a change, and a while after.
+
+        The block may count in `Seen.lost` relays that leave their clients without the end of a pod or container.
+        """
+        await self.settle()
+        seen = Seen()
+        handed, since = self._handed, self._journal.mark()
+        connects = {name: len(self.net.nodes[name].connects) for name in NAMES}
+        before = await self._meter.total()
+        async with self._streams() as streams:
+            yield seen
+            await asyncio.gather(*(traffic.next_ok(ENOUGH) for traffic in streams.values()))
+        seen.streams = {pair: await traffic.stop() for pair, traffic in streams.items()}
+        seen.drops = await self._meter.total() - before
+        seen.maps = self._handed - handed
+        seen.lost += self._ended(since)
+        for name in NAMES:
+            # The relays that it left: the one before each that it connected to.
+            left = Counter(self.net.nodes[name].connects[connects[name] - 1 : -1])
+            seen.reconnects[name] = left.total()
+            seen.needless[name] = max(0, (left - seen.lost).total() - seen.maps)
+
+    @asynccontextmanager
+    async def made_anew(self, pod: str) -> AsyncIterator[None]:
+        """The block ends a pod; leave when there is another one in its place, Ready, and the clients have gone on."""
+        start = self._journal.mark()
+        old = (await self._kube.get("pod", pod, self._where.namespace))["metadata"]["uid"]
+        yield
+        await self._journal.until(
+            lambda c: c.name == pod and c.object["metadata"]["uid"] != old and is_true(c.object, "Ready"),
+            f"a new pod {pod} is Ready",
+            since=start,
+        )
+
+    @asynccontextmanager
+    async def _streams(self) -> AsyncIterator[Mapping[str, Traffic]]:
+        streams = {
+            f"{source}{target}": await self.net.start_traffic(source, target) for source, target in _directions()
+        }
+        try:
+            await asyncio.gather(*(traffic.next_ok(ENOUGH) for traffic in streams.values()))
+            yield streams
+        except BaseException:
+            for traffic in streams.values():
+                await traffic.stop()
+            raise
+
+    def _ended(self, since: int) -> Counter[str]:
+        """Relays whose pod was told to go or whose container ended, as often as they did."""
+        restarts: dict[str, int] = {}
+        lost: Counter[str] = Counter()
+        leaving: set[str] = set()
+        for number, change in enumerate(self._journal.changes):
+            if change.kind != "Pod" or (ordinal := names.ordinal_of(self._where.name, change.name)) is None:
+                continue
+            uid = change.object["metadata"]["uid"]
+            count = sum(status["restartCount"] for status in change.object["status"].get("containerStatuses", ()))
+            again = count > restarts.setdefault(uid, count)
+            goes = change.leaving and uid not in leaving
+            restarts[uid] = max(count, restarts[uid])
+            if goes:
+                leaving.add(uid)
+            if number >= since and (again or goes):
+                lost[names.node_name(self._region_id, ordinal)] += 1
+        return lost
+
+    @property
+    def _region_id(self) -> int:
+        return int(next(iter(self._maps[NAMES[0]]["Regions"])))
+
+
+def _directions() -> list[tuple[str, str]]:
+    return [(pair[0], pair[1]) for pair in PAIRS] + [(pair[1], pair[0]) for pair in PAIRS]
