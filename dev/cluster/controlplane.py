@@ -41,16 +41,27 @@ def write_pki(paths: Paths, now: datetime) -> Authority:
     return authority
 
 
+def _command(role: str, paths: Paths, kubernetes: Path, etcd: Path) -> list[str | Path]:
+    pki = paths.pki
+    match role:
+        case "etcd":
+            return [etcd / role, *config.etcd(pki, paths.state / "etcd")]
+        case "kube-apiserver":
+            return [kubernetes / role, *config.apiserver(pki)]
+        case "kube-controller-manager":
+            return [kubernetes / role, *config.controller_manager(pki)]
+        case _:
+            return [kubernetes / role, *config.scheduler(pki)]
+
+
+def start_one(role: str, paths: Paths, kubernetes: Path, etcd: Path) -> subprocess.Popen[bytes]:
+    """Start one of the four, for the first time or again."""
+    return processes.start(role, _command(role, paths, kubernetes, etcd), log=paths.logs / f"{role}.log")
+
+
 def start(paths: Paths, kubernetes: Path, etcd: Path) -> Api:
     """Start all four and return a client of the API server once that is ready."""
-    pki = paths.pki
-    commands: dict[str, list[str | Path]] = {
-        "etcd": [etcd / "etcd", *config.etcd(pki, paths.state / "etcd")],
-        "kube-apiserver": [kubernetes / "kube-apiserver", *config.apiserver(pki)],
-        "kube-controller-manager": [kubernetes / "kube-controller-manager", *config.controller_manager(pki)],
-        "kube-scheduler": [kubernetes / "kube-scheduler", *config.scheduler(pki)],
-    }
-    api = Api(pki)
+    api = Api(paths.pki)
     started: dict[str, subprocess.Popen[bytes]] = {}
 
     def ready() -> bool:
@@ -62,7 +73,7 @@ def start(paths: Paths, kubernetes: Path, etcd: Path) -> Api:
     for role in ROLES:
         if role == "kube-controller-manager":  # it gives up when the API server is not there yet
             wait_for(ready, otherwise=f"the API server did not become ready (see {paths.logs}/kube-apiserver.log)")
-        started[role] = processes.start(role, commands[role], log=paths.logs / f"{role}.log")
+        started[role] = start_one(role, paths, kubernetes, etcd)
     return api
 
 

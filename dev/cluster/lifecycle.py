@@ -168,6 +168,14 @@ class Cluster:
         self._start_nodes([wanted])
         self._await_nodes([wanted], since)
 
+    def kill_daemon(self, role: str) -> None:
+        """Lose a part of the control plane; the others go on without it."""
+        processes.end([process for process in processes.find() if process.role == role], signal.SIGKILL)
+
+    def start_daemon(self, role: str) -> None:
+        """Bring it back, with what it had stored."""
+        controlplane.start_one(role, self._paths, KUBERNETES.directory(self._paths), ETCD.directory(self._paths))
+
     def down(self) -> None:
         """End all processes and take away everything that `leftovers` would list."""
         network.remove_links()

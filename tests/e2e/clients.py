@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +14,10 @@ from derp_operator import names
 
 from tests.interop.gobuild import Peers
 from tests.interop.peers import Summary, TailnetHarness, Traffic
+from tests.interop.processes import HANG
 
 from .drops import DropMeter
-from .kube import Change, Journal, Kube, Object, is_true, map_in
+from .kube import Change, Journal, Kube, Object, condition, is_true, map_in
 
 NAMES = "abcdef"
 PAIRS = ("ad", "be", "cf", "ab", "cd", "ef")
@@ -51,6 +52,8 @@ class Seen:
     drops: Counter[str] = field(default_factory=Counter)
     """Packets that relays dropped, by reason; without clients' own probes of paths (disco)."""
     streams: dict[str, Summary] = field(default_factory=dict)
+    reasons: dict[str, None] = field(default_factory=dict)
+    """Why the region was not Ready, in order."""
 
     @property
     def answered(self) -> int:
@@ -82,7 +85,8 @@ class Seen:
     def __str__(self) -> str:
         return (
             f"{self.answered} requests answered, {self.failed} failed, longest stall {self.stall:.0f} ms, "
-            f"reconnects {self.reconnects} ({self.maps} maps, lost {dict(self.lost)}), dropped {dict(self.drops)}"
+            f"reconnects {self.reconnects} ({self.maps} maps, lost {dict(self.lost)}), dropped {dict(self.drops)}, "
+            f"the region says {', '.join(self.reasons) or 'nothing'}"
         )
 
 
@@ -109,6 +113,7 @@ class Clients:
         self._kube = kube
         self._where = where
         self._read = 0
+        self._since = 0
         self._maps: dict[str, Object] = {}
         self._handed = 0
         self._news = asyncio.Event()
@@ -119,7 +124,7 @@ class Clients:
         """Bring them up, warm."""
         derp_map = await kube.derp_map(where.name, where.namespace)
         async with (
-            Journal(kube, where.namespace, "Pod", "ConfigMap") as journal,
+            Journal(kube, where.namespace, "Pod", "ConfigMap", "DerpRegion") as journal,
             DropMeter(journal) as meter,
             TailnetHarness(peers.peers, derp_map, workdir, names=NAMES) as net,
         ):
@@ -176,23 +181,26 @@ class Clients:
                 group.create_task(self.net.http(source, target, count=WARM_UP))
 
     @asynccontextmanager
-    async def notice(self) -> AsyncIterator[Seen]:
-        """All clients in conversation while the block makes a change, and a while after.
+    async def notice(self, patience: float = HANG) -> AsyncIterator[Seen]:
+        """All clients in conversation while the block makes a change, and a while after: until every stream flows,
+        for at most `patience` seconds.
 
         The block may count in `Seen.lost` relays that leave their clients without the end of a pod or container.
         """
         await self.settle()
         seen = Seen()
         handed, since = self._handed, self._journal.mark()
+        self._since = since
         connects = {name: len(self.net.nodes[name].connects) for name in NAMES}
         before = await self._meter.total()
         async with self._streams() as streams:
             yield seen
-            await asyncio.gather(*(traffic.next_ok(ENOUGH) for traffic in streams.values()))
+            await asyncio.gather(*(traffic.next_ok(ENOUGH, patience=patience) for traffic in streams.values()))
         seen.streams = {pair: await traffic.stop() for pair, traffic in streams.items()}
         seen.drops = await self._meter.total() - before
         seen.maps = self._handed - handed
         seen.lost += self._ended(since)
+        seen.reasons = dict.fromkeys(self._reasons(since))
         for name in NAMES:
             # The relays that it left: the one before each that it connected to.
             left = Counter(self.net.nodes[name].connects[connects[name] - 1 : -1])
@@ -201,15 +209,31 @@ class Clients:
 
     @asynccontextmanager
     async def made_anew(self, pod: str) -> AsyncIterator[None]:
-        """The block ends a pod; leave when there is another one in its place, Ready, and the clients have gone on."""
+        """The block ends a pod or its container; leave when another one is Ready in its place."""
         start = self._journal.mark()
-        old = (await self._kube.get("pod", pod, self._where.namespace))["metadata"]["uid"]
+        old = _run(await self._kube.get("pod", pod, self._where.namespace))
         yield
         await self._journal.until(
-            lambda c: c.name == pod and c.object["metadata"]["uid"] != old and is_true(c.object, "Ready"),
+            lambda c: c.name == pod and _run(c.object) != old and is_true(c.object, "Ready"),
             f"a new pod {pod} is Ready",
             since=start,
         )
+
+    async def region_says(self, reason: str) -> None:
+        """Wait until the region is not Ready for this reason; what it said before `notice` does not count."""
+        await self._journal.until(
+            lambda c: c.kind == "DerpRegion" and condition(c.object, "Ready").get("reason") == reason,
+            f"the region says {reason}",
+            since=self._since,
+        )
+
+    async def left(self, relay: str, patience: float = 4 * HANG) -> None:
+        """Wait until no client is on a relay any more."""
+        async with asyncio.timeout(patience):
+            for client in self.net.nodes.values():
+                while client.connects[-1] == relay:
+                    client.relay_changed.clear()
+                    await client.relay_changed.wait()
 
     @asynccontextmanager
     async def _streams(self) -> AsyncIterator[Mapping[str, Traffic]]:
@@ -224,28 +248,34 @@ class Clients:
                 await traffic.stop()
             raise
 
+    def _reasons(self, since: int) -> Iterator[str]:
+        for change in self._journal.changes[since:]:
+            if change.kind == "DerpRegion" and (why := condition(change.object, "Ready")).get("status") != "True":
+                yield str(why.get("reason"))
+
     def _ended(self, since: int) -> Counter[str]:
         """Relays whose pod was told to go or whose container ended, as often as they did."""
-        restarts: dict[str, int] = {}
-        lost: Counter[str] = Counter()
-        leaving: set[str] = set()
+        ends: dict[tuple[str, int], str] = {}  # of runs, by the first change that tells of it
+        runs: dict[str, tuple[str, int]] = {}
         for number, change in enumerate(self._journal.changes):
             if change.kind != "Pod" or (ordinal := names.ordinal_of(self._where.name, change.name)) is None:
                 continue
-            uid = change.object["metadata"]["uid"]
-            count = sum(status["restartCount"] for status in change.object["status"].get("containerStatuses", ()))
-            again = count > restarts.setdefault(uid, count)
-            goes = change.leaving and uid not in leaving
-            restarts[uid] = max(count, restarts[uid])
-            if goes:
-                leaving.add(uid)
-            if number >= since and (again or goes):
-                lost[names.node_name(self._region_id, ordinal)] += 1
-        return lost
+            run = _run(change.object)
+            over = runs.get(change.uid, run) if not change.leaving else run
+            runs[change.uid] = run
+            if over != run or change.leaving:
+                ends.setdefault(over, names.node_name(self._region_id, ordinal) if number >= since else "")
+        return Counter(name for name in ends.values() if name)
 
     @property
     def _region_id(self) -> int:
         return int(next(iter(self._maps[NAMES[0]]["Regions"])))
+
+
+def _run(pod: Object) -> tuple[str, int]:
+    """Changes if a pod is made anew or its container restarts."""
+    statuses = pod["status"].get("containerStatuses", ())
+    return pod["metadata"]["uid"], sum(status["restartCount"] for status in statuses)
 
 
 def _directions() -> list[tuple[str, str]]:

@@ -32,7 +32,7 @@ Report = Callable[[str], None]
 class Record(Protocol):
     """Notes what the clients saw of a change as a row of a table."""
 
-    def __call__(self, what: str, seen: Seen, *, table: str = ..., says: str = ..., heals: str = ...) -> None: ...
+    def __call__(self, what: str, seen: Seen, *, table: str = ..., heals: str = ...) -> None: ...
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -142,9 +142,9 @@ def report(request: pytest.FixtureRequest) -> Report:
 def record(ledger: Ledger, report: Report) -> Record:
     """Notes a row of a table."""
 
-    def note(what: str, seen: Seen, *, table: str = CHANGES, says: str = "", heals: str = "") -> None:
+    def note(what: str, seen: Seen, *, table: str = CHANGES, heals: str = "") -> None:
         report(f"{what}: {seen}")
-        ledger.add(table, what, seen, says=says, heals=heals)
+        ledger.add(table, what, seen, heals=heals)
 
     return note
 

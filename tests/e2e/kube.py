@@ -196,6 +196,10 @@ class Change:
         return str(self.object["metadata"]["name"])
 
     @property
+    def uid(self) -> str:
+        return str(self.object["metadata"]["uid"])
+
+    @property
     def version(self) -> int:
         return int(self.object["metadata"]["resourceVersion"])
 
@@ -208,7 +212,8 @@ class Change:
 class Journal:
     """All changes of some kinds of objects in a namespace, from their state at the beginning on.
 
-    `async with Journal(kube, namespace, "Pod", "ConfigMap") as journal` watches until the end of the block.
+    `async with Journal(kube, namespace, "Pod", "ConfigMap") as journal` watches until the end of the block. While the
+    API server is away nothing is noted; what is different when it is back comes then.
     """
 
     def __init__(self, kube: Kube, namespace: str, *kinds: str) -> None:
@@ -216,14 +221,13 @@ class Journal:
         self._kube = kube
         self._paths = [_PATHS[kind].format(namespace) for kind in kinds]
         self._more = asyncio.Event()
-        self._over: str | None = None
-        self._processes: list[asyncio.subprocess.Process] = []
         self._readers: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Journal:
         try:
             for path in self._paths:
-                await self._watch(path)
+                version = await self._look(path)
+                self._readers.append(asyncio.create_task(self._follow(path, version)))
         except BaseException:
             await self._stop()
             raise
@@ -232,12 +236,41 @@ class Journal:
     async def __aexit__(self, *_: object) -> None:
         await self._stop()
 
-    async def _watch(self, path: str) -> None:
-        """Read the state, then follow it: what stands now is in `changes` when this returns."""
+    async def _stop(self) -> None:
+        for reader in self._readers:
+            reader.cancel()
+        await asyncio.gather(*self._readers, return_exceptions=True)
+
+    async def _look(self, path: str) -> str:
+        """Note what differs from what is known: all that stands is in `changes` when this returns."""
         listed = json.loads(await self._kube.run("get", "--raw", f"/{path}"))
-        kind, version = listed["kind"].removesuffix("List"), listed["metadata"]["resourceVersion"]
+        kind = listed["kind"].removesuffix("List")
+        known = {change.uid: change for change in self.changes if change.kind == kind}
         for item in listed["items"]:
-            self.changes.append(Change("ADDED", {"kind": kind} | item, time.monotonic()))
+            before = known.pop(item["metadata"]["uid"], None)
+            if before is None or before.object["metadata"]["resourceVersion"] != item["metadata"]["resourceVersion"]:
+                self._note("MODIFIED" if before else "ADDED", {"kind": kind} | item)
+        for gone in known.values():
+            if gone.type != "DELETED":
+                self._note("DELETED", gone.object)
+        return str(listed["metadata"]["resourceVersion"])
+
+    def _note(self, change: str, item: Object) -> None:
+        self.changes.append(Change(change, item, time.monotonic()))
+        self._more.set()
+
+    async def _follow(self, path: str, version: str) -> None:
+        while True:
+            await self._watch(path, version)
+            while True:
+                try:
+                    version = await self._look(path)
+                    break
+                except KubectlError:
+                    await asyncio.sleep(1)
+
+    async def _watch(self, path: str, version: str) -> None:
+        """Note what changes, until the API server ends the watch or goes away."""
         process = await asyncio.create_subprocess_exec(
             self._kube.kubectl,
             f"--kubeconfig={self._kube.kubeconfig}",
@@ -246,28 +279,19 @@ class Journal:
             f"/{path}?watch=1&resourceVersion={version}",
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
             limit=LINE_LIMIT,
         )
-        self._processes.append(process)
-        self._readers.append(asyncio.create_task(self._read(process, path)))
-
-    async def _read(self, process: asyncio.subprocess.Process, path: str) -> None:
-        assert process.stdout is not None
-        while line := await process.stdout.readline():
-            event = json.loads(line)
-            if event["type"] == "ERROR":
-                break
-            self.changes.append(Change(event["type"], event["object"], time.monotonic()))
-            self._more.set()
-        self._over = f"the watch of {path} has ended"
-        self._more.set()
-
-    async def _stop(self) -> None:
-        for process in self._processes:
+        try:
+            assert process.stdout is not None
+            while line := await process.stdout.readline():
+                event = json.loads(line)
+                if event["type"] == "ERROR":
+                    return
+                self._note(event["type"], event["object"])
+        finally:
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
-        for process, reader in zip(self._processes, self._readers, strict=True):
-            await reader
             await process.wait()
 
     def ordered(self, holds: Callable[[Change], bool] = lambda _: True) -> list[Change]:
@@ -291,8 +315,6 @@ class Journal:
                         if holds(change):
                             return change
                     seen = len(self.changes)
-                    if self._over:
-                        raise AssertionError(f"{self._over} before {about}")
                     await self._more.wait()
         except TimeoutError:
             raise AssertionError(f"not within {patience:g} s: {about}; the last changes: {self._tail()}") from None

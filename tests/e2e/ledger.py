@@ -32,7 +32,7 @@ class Ledger:
         self.path = path
         self.rows: dict[str, Row] = json.loads(path.read_text()) if path.exists() else {}
 
-    def add(self, table: str, what: str, seen: Seen, *, says: str, heals: str) -> None:
+    def add(self, table: str, what: str, seen: Seen, *, heals: str) -> None:
         self.rows[what] = {
             "table": table,
             "requests": seen.answered + seen.failed,
@@ -42,7 +42,7 @@ class Ledger:
             "forced": {name: count - seen.needless[name] for name, count in seen.reconnects.items()},
             "maps": seen.maps,
             "dropped": dict(seen.drops),
-            "says": says,
+            "says": ", ".join(seen.reasons),
             "heals": heals,
         }
 

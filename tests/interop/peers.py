@@ -172,11 +172,11 @@ class Traffic:
         """No more answers can come: wake those who wait for one."""
         self._more.set()
 
-    async def next_ok(self, count: int = 1) -> None:
+    async def next_ok(self, count: int = 1, *, patience: float = HANG) -> None:
         """Wait for good answers that come after this call."""
         enough = self.answered + count
         try:
-            async with asyncio.timeout(HANG):
+            async with asyncio.timeout(patience):
                 while self.answered < enough:
                     if not self._node.running:
                         raise self._node.died()

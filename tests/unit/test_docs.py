@@ -43,7 +43,11 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {
-        word for command in commands() if command[0] == "make" for word in command[1:] if re.fullmatch("[a-z0-9-]+", word)
+        word
+        for command in commands()
+        if command[0] == "make"
+        for word in command[1:]
+        if re.fullmatch("[a-z0-9-]+", word)
     }
     named |= {word for path in DOCUMENTS for word in re.findall(r"`make ([a-z0-9-]+)", path.read_text())}
     assert named
