@@ -36,9 +36,16 @@ def identity(manifest: Mapping[str, Any]) -> Identity:
     return manifest["kind"], manifest["metadata"]["name"]
 
 
-def owned(region: Region, live: Mapping[str, Any]) -> bool:
-    """Whether the region controls an object.  Labels do not tell: anybody may set them."""
-    references = live["metadata"].get("ownerReferences", ())
+def owned(region: Region, kind: str, live: Mapping[str, Any]) -> bool:
+    """Whether the region controls an object.  Labels do not tell: anybody may set them.
+
+    But keys from a backup have nothing else: a Secret with the region's labels that nobody owns is the region's.
+    """
+    meta = live["metadata"]
+    references = meta.get("ownerReferences", ())
+    if kind == "Secret" and not references:
+        labels: Mapping[str, str] = meta.get("labels", {})
+        return names.labels(region.name).items() <= labels.items()
     return any(reference.get("controller") and reference["uid"] == region.uid for reference in references)
 
 
@@ -60,7 +67,7 @@ async def find_unlabelled(
 
 def taken(region: Region, wanted: Iterable[Identity], live: Live) -> list[Finding]:
     """A finding for every name that a child needs and an object of somebody else has."""
-    return [_taken(region, key, live[key]) for key in wanted if key in live and not owned(region, live[key])]
+    return [_taken(region, key, live[key]) for key in wanted if key in live and not owned(region, key[0], live[key])]
 
 
 def _taken(region: Region, key: Identity, item: Mapping[str, Any]) -> Finding:
@@ -136,7 +143,7 @@ async def _set_strategy(cluster: Cluster, region: Region, manifest: Object, live
 
 
 def _differs(region: Region, manifest: Object, current: Object) -> bool:
-    return owned(region, current) and not in_force(manifest, current, names.MANAGER)
+    return owned(region, manifest["kind"], current) and not in_force(manifest, current, names.MANAGER)
 
 
 def _refused(key: Identity, error: ApiError) -> Finding:
@@ -155,7 +162,7 @@ def _left_over(region: Region, wanted: Iterable[Identity], live: Live) -> list[I
     return [
         key
         for key, item in sorted(live.items())
-        if key not in keep and owned(region, item) and not item["metadata"].get("deletionTimestamp")
+        if key not in keep and owned(region, key[0], item) and not item["metadata"].get("deletionTimestamp")
     ]
 
 

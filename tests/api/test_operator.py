@@ -246,7 +246,8 @@ async def test_no_map_before_all_nodes_answer(berlin: World) -> None:
     assert await berlin.kube.get("ConfigMap", berlin.namespace, "berlin-derpmap") is None
 
 
-async def test_a_lost_secret_is_told_and_not_replaced(berlin: World) -> None:
+@pytest.mark.parametrize("kept", [["labels", "ownerReferences"], ["labels"]], ids=["whole", "of-another-cluster"])
+async def test_a_lost_secret_is_told_and_not_replaced(berlin: World, kept: list[str]) -> None:
     await berlin.create()
     await berlin.settle()
     secret = await berlin.get("Secret", "berlin-keys")
@@ -257,10 +258,12 @@ async def test_a_lost_secret_is_told_and_not_replaced(berlin: World) -> None:
     assert condition(region, "Degraded")["status"] == "True"
     assert await berlin.kube.get("Secret", berlin.namespace, "berlin-keys") is None
     assert await berlin.data("ConfigMap", "berlin-derpmap") == before
-    meta = {key: secret["metadata"][key] for key in ("name", "namespace", "labels", "ownerReferences")}
+    meta = {key: secret["metadata"][key] for key in ("name", "namespace", *kept)}
     await berlin.kube.create({"apiVersion": "v1", "kind": "Secret", "metadata": meta, "data": secret["data"]})
     assert condition(await berlin.settle())["status"] == "True"
     assert await berlin.data("ConfigMap", "berlin-derpmap") == before
+    owners = (await berlin.get("Secret", "berlin-keys"))["metadata"]["ownerReferences"]
+    assert owners == secret["metadata"]["ownerReferences"]
 
 
 async def test_new_keys_are_made_for_those_who_ask_by_name(berlin: World) -> None:
