@@ -174,6 +174,7 @@ def _ours(relay: Relay) -> Tree:
     }
     if relay.hub is not None:
         tree["protocol_errors"] = relay.hub.counters.protocol_errors
+        tree["clients_sent_back"] = relay.hub.counters.sent_back
         tree["packets_moved"] = relay.hub.counters.moved
         if relay.hub.router.node.siblings:
             tree["worker_crossed_in"] = relay.hub.counters.crossed_in

@@ -41,6 +41,7 @@ from .net.listener import Factory, Listener, SocketOptions
 from .net.memory import Memory
 from .net.mesh import Mesh
 from .net.mesh import Timings as MeshTimings
+from .net.rebalance import Rebalance
 from .net.stun import STUNServer
 from .net.tls import ServerTLS, utc_now
 from .ports import StartError, cannot_listen, open_health, open_stun
@@ -94,6 +95,7 @@ class Relay:
         self.hub: Hub | None = None
         self._has_hub = asyncio.Event()
         self.mesh: Mesh | None = None
+        self._rebalance: Rebalance | None = None
         self.tls: ServerTLS | None = None
         self.stun: STUNServer | None = None
         self.listener: Listener | None = None
@@ -212,6 +214,7 @@ class Relay:
             self.hub = Hub(state.private_key, self.admission, number=self.number)
             self.mesh = Mesh(self.hub, rng=self._rng, timings=self._timings.mesh)
             self.hub.mesh_peer_seen = self.mesh.seen
+            self._rebalance = Rebalance(self.hub, self.mesh, self._rng)
             self.tls = ServerTLS(state.private_key.public.hex(), names_only=not self.config.settings)
             self.hub.round_trips.enabled = self.config.round_trips
             self.hub.start()
@@ -236,6 +239,8 @@ class Relay:
         if self.state.pairs and (self.state.pairs is not self._served_pairs or self._meta_is_old()):
             self.tls.load(self.state.pairs, utc_now())
             self._served_pairs = self.state.pairs
+        assert self._rebalance is not None
+        self._rebalance.options = self.state.rebalancing()
         self.mesh.set_peers(self.state.peers() if self.state.mesh_keys is not None else {})
         for part in self._fronts:
             part.proxies = self.state.proxies()
@@ -334,6 +339,8 @@ class Relay:
         while True:
             asked = await self._next_look()
             self._memory.look(self.connections)
+            if self._rebalance is not None:
+                self._rebalance.look(utc_now())
             try:
                 if (
                     self.state.poll(at_once=asked)

@@ -5,14 +5,16 @@ One JSON object, see `docs/architecture.md`::
     {"region": "berlin",
      "nodes": {"berlin-0": {"serverKey": "nodekey:<hex>", "hostName": "berlin-0-g1.derp.internal",
                             "certName": "sha256-raw:<hex>", "dial": "berlin-0.berlin-mesh.derp.svc:8443",
-                            "certificates": ["/etc/derper/secret/berlin-0.g1"]}},
+                            "certificates": ["/etc/derper/secret/berlin-0.g1"], "mapName": "900a"}},
      "admission": {"open": true, "urls": [], "keyFiles": [], "tailscaled": null, "failOpen": false,
                    "cache": {"freshSeconds": 30, "staleSeconds": 3600}},
      "limits": {"acceptPerSecond": 0, "acceptBurst": 0, "clientBytesPerSecond": 0, "clientBurstBytes": 0},
-     "proxies": {"trusted": ["198.51.100.0/24"], "protocol": false}}
+     "proxies": {"trusted": ["198.51.100.0/24"], "protocol": false},
+     "rebalance": {"clientsPerMinute": 0}}
 
 A certificate is named by its path without ``.crt`` and ``.key``.  Every node but oneself is a mesh peer.
 A ``keyFile`` is one more of the ``keyFiles``; ``tailscaled`` is the path of a socket.  A limit of 0 is none.
+Clients that would rather be on another node, by its ``mapName``, are sent there at the rate of ``rebalance``.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ class NodeSettings:
     dial_host: str
     dial_port: int
     certificates: tuple[str, ...]  #: path stems; the first is for clients without SNI
+    map_name: str = ""  #: how clients call it: its name in the DERP map
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,7 @@ class Settings:
     admission: AdmissionSettings = field(default_factory=AdmissionSettings)
     limits: Limits = field(default_factory=Limits)
     proxies: Proxies | None = None  #: None: as the flags say
+    rebalance_per_minute: float = 0.0  #: clients to send to their ideal node
     digest: str = ""
 
 
@@ -92,6 +96,7 @@ def parse_settings(data: bytes) -> Settings:
         admission=_admission(top.child("admission")),
         limits=_limits(top.child("limits")),
         proxies=_proxies(top.child("proxies")) if top.has("proxies") else None,
+        rebalance_per_minute=top.child("rebalance").number("clientsPerMinute"),
         digest=hashlib.sha256(data).hexdigest(),
     )
 
@@ -159,6 +164,7 @@ def _node(node: _Object) -> NodeSettings:
         dial_host=host,
         dial_port=int(port),
         certificates=node.strings("certificates"),
+        map_name=node.get("mapName", str, ""),
     )
 
 

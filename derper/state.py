@@ -23,6 +23,7 @@ from .client import Endpoint
 from .config import Config
 from .files import FileError, PartlyUsable, Watched
 from .net.mesh import Peer
+from .net.rebalance import Rebalancing
 from .net.tailscaled import default_socket
 from .net.tls import check_usable
 from .relay.admission import AdmissionPolicy, KeyListError, parse_key_list
@@ -154,6 +155,13 @@ class RelayState:
             for name, node in self.settings.nodes.items()
             if name != self.config.node
         }
+
+    def rebalancing(self) -> Rebalancing:
+        """Which clients to send to another node, and how fast."""
+        if self.settings is None:
+            return Rebalancing()
+        nodes = {node.map_name: name for name, node in self.settings.nodes.items() if node.map_name}
+        return Rebalancing(self.settings.rebalance_per_minute, nodes)
 
     def proxies(self) -> Proxies:
         """Whose word on a client's address is believed."""

@@ -62,13 +62,13 @@ class _Upgrade:
     """What the head of an upgrade to DERP says."""
 
     fast_start: bool
-    not_ideal: bool
+    ideal_node: str
     forwarded: tuple[str, ...]
 
     @classmethod
     def of(cls, head: Head) -> _Upgrade:
         return cls(
-            head.first("derp-fast-start") == "1", bool(head.first("ideal-node")), tuple(head.all("x-forwarded-for"))
+            head.first("derp-fast-start") == "1", head.first("ideal-node") or "", tuple(head.all("x-forwarded-for"))
         )
 
 
@@ -266,7 +266,7 @@ class Doorman(asyncio.Protocol):
 
     def _link(self, upgrade: _Upgrade) -> Link:
         remote = self._reception.proxies.client(self._client(), upgrade.forwarded)
-        return Link(self._reception.hub, remote, not_ideal=upgrade.not_ideal)
+        return Link(self._reception.hub, remote, ideal_node=upgrade.ideal_node)
 
     def _client(self) -> Remote:
         return self._remote or remote_of(self._transport)

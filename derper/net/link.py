@@ -41,19 +41,19 @@ class Link(asyncio.BufferedProtocol):
         "_greeting",
         "_hub",
         "_login_timer",
-        "_not_ideal",
         "_remote",
         "_resume_timer",
         "_session",
         "_tail",
         "_transport",
+        "ideal_node",
         "tcp_descriptor",
     )
 
-    def __init__(self, hub: Hub, remote: Remote, *, not_ideal: bool) -> None:
+    def __init__(self, hub: Hub, remote: Remote, *, ideal_node: str) -> None:
         self._hub = hub
         self._remote = remote
-        self._not_ideal = not_ideal
+        self.ideal_node = ideal_node  #: that it would rather be on, if not here
         self._session: Session | None = None
         self._tail = b""
         self._greeting = b""  # to be sent with the next bytes
@@ -291,7 +291,7 @@ class Link(asyncio.BufferedProtocol):
             now=hub.clock(),
             remote=self._remote,
             can_mesh=can_mesh,
-            not_ideal=self._not_ideal,
+            not_ideal=bool(self.ideal_node),
         )
         self._session = session
         if hub.tells_tcp_info:

@@ -18,6 +18,7 @@ cdef class Counters:
     cdef public long long crossed_in
     cdef public long long crossed_out
     cdef public long long moved
+    cdef public long long sent_back
     cdef public long long unknown_frames
     cdef public long long protocol_errors
     cdef public long long got_ping

@@ -85,6 +85,7 @@ class Counters:
     crossed_in: int = 0  #: packets from other workers of this node
     crossed_out: int = 0  #: packets to them
     moved: int = 0  #: packets that waited for a client on its way to another node, and followed it
+    sent_back: int = 0  #: clients closed so that they go to their ideal node
     unknown_frames: int = 0
     protocol_errors: int = 0
     got_ping: int = 0

@@ -91,6 +91,7 @@ class Node:
             "certName": certs.pin(self.pair.leaf),
             "dial": f"127.0.0.1:{self.port}",
             "certificates": [str(self.root / self.name)],
+            "mapName": f"900{'abcdefgh'[self.number]}",
         }
 
     @property

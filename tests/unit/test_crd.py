@@ -135,6 +135,7 @@ WHOLE: dict[str, Any] = {
     "exposure": {"loadBalancer": {}, "nodePort": {}, "hostPort": {}, "clusterIP": {}},
     "tls": {"hostName": "Template", "hostNameTemplate": "{pod}.example.com", "certificates": [{"secretName": "a"}]},
     "imagePullSecrets": [{"name": "a"}],
+    "rebalance": {"clientsPerMinute": 60},
     "limits": {"acceptBurst": 0},
     "map": {"latitude": 1, "consumers": [{"name": "a"}]},
     "pod": {"labels": {}},

@@ -42,6 +42,7 @@ def settings_node(
         "certName": pin,
         "dial": f"{pod}.{names.mesh_service(region.name)}.{region.namespace}.svc:{names.DERP_PORT}",
         "certificates": certificates,
+        "mapName": names.node_name(region.region_id, _by_ordinal(pod)),
     }
 
 
@@ -74,6 +75,7 @@ def _settings(region: Region, nodes: Mapping[str, SettingsNode]) -> Settings:
             "clientBytesPerSecond": limits.client_bytes_per_second,
             "clientBurstBytes": limits.client_burst_bytes,
         },
+        "rebalance": {"clientsPerMinute": region.rebalance.clients_per_minute},
     }
 
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from .. import names
-from . import clients, derpmap, exposure, limits, pod, tls
+from . import clients, derpmap, exposure, limits, pod, rebalance, tls
 from .clients import Clients
 from .derpmap import MapOptions
 from .errors import InvalidSpec
 from .exposure import Exposure
 from .limits import Limits
 from .pod import PodOptions
+from .rebalance import Rebalance
 from .tls import Tls
 
 MIN_REPLICAS: Final = 3
@@ -43,6 +44,7 @@ class Region:
     exposure: Exposure = field(default_factory=Exposure)
     tls: Tls = field(default_factory=Tls)
     limits: Limits = field(default_factory=Limits)
+    rebalance: Rebalance = field(default_factory=Rebalance)
     map: MapOptions = field(default_factory=MapOptions)
     pod: PodOptions = field(default_factory=PodOptions)
 
@@ -88,6 +90,7 @@ def parse(resource: Mapping[str, Any]) -> Region:
         exposure=exposure.parse(spec.get("exposure") or {}, problems),
         tls=tls.parse(spec.get("tls") or {}),
         limits=limits.parse(spec.get("limits") or {}),
+        rebalance=rebalance.parse(spec.get("rebalance") or {}),
         map=derpmap.parse(spec.get("map") or {}),
         pod=pod.parse(spec.get("pod") or {}),
     )
