@@ -1,4 +1,4 @@
-"""Which pods go now: those of an older template, one after the other.  Pure.
+"""Which pods go now: those that have left the DERP map, and those of an older template, one after the other.  Pure.
 
 The StatefulSet controller knows of a pod no more than its readiness, and replaces from the highest ordinal down though
 a lower one is away.  So its strategy is OnDelete, and this decides; the eviction itself asks the disruption budget,
@@ -7,16 +7,50 @@ which holds when somebody drains a Kubernetes node, or another operator works, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
 
-from . import conditions
+from derper.derpmap import MapError, from_json
+
+from . import conditions, names
 from .apply import REFUSALS
 from .conditions import Finding
 from .kube import ApiError, Object
 from .observe import Seen
+from .plan import published_map
+from .render import map_identities
 from .spec import Region
-from .status import Health, behind
+from .status import Health, behind, map_hash
+
+
+def replicas(region: Region, seen: Seen, shown: Mapping[str, Any], now: datetime) -> int:
+    """How many pods the StatefulSet is to have: those that leave stay until the map without them has spread.
+
+    `shown` is the status of the map: it says since when the one that stands has been published.
+    """
+    leaving = [ordinal for ordinal in seen.ordinals(region) if ordinal >= region.replicas]
+    derpmap = published_map(region, seen)
+    if not leaving or derpmap is None:
+        return region.replicas
+    gone = shown.get("hash") == map_hash(derpmap) and not _mapped(region, seen, leaving)
+    if gone and now - datetime.fromisoformat(shown["publishedAt"]) >= region.map.spread:
+        return region.replicas
+    return max(leaving) + 1
+
+
+def _mapped(region: Region, seen: Seen, ordinals: Iterable[int]) -> bool:
+    """Whether one of the nodes is still in one of the maps."""
+    wanted = {names.node_name(region.region_id, ordinal) for ordinal in ordinals}
+    for kind, name in map_identities(region):
+        try:
+            derpmap = from_json((seen.data(kind, name) or {}).get(names.MAP_JSON, b"").decode())
+        except MapError:  # edited by hand, and repaired in this pass
+            continue
+        if wanted & {node.name for item in derpmap.regions.values() for node in item.nodes}:
+            return True
+    return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,8 +44,13 @@ class Seen:
 
     def members(self, region: Region) -> list[str]:
         """The pods of the mesh: the wanted ones, and those that still run; by ordinal."""
-        left = {number for pod in self.pods if (number := names.ordinal_of(region.name, pod)) is not None}
-        return [names.pod_name(region.name, number) for number in sorted(left | set(range(region.replicas)))]
+        there = {number for pod in self.pods if (number := names.ordinal_of(region.name, pod)) is not None}
+        return [names.pod_name(region.name, number) for number in sorted(there | set(range(region.replicas)))]
+
+    def ordinals(self, region: Region) -> list[int]:
+        """The pods that are there and that nobody has asked to stop."""
+        staying = (name for name, pod in self.pods.items() if not pod["metadata"].get("deletionTimestamp"))
+        return [number for name in staying if (number := names.ordinal_of(region.name, name)) is not None]
 
     def older(self, region: Region) -> set[str]:
         """The wanted pods of an older template than the StatefulSet's, but for those that are about to go."""

@@ -17,7 +17,7 @@ from typing import Any, Final
 from . import events, names
 from .apply import REFUSALS, Applied, apply, identity, pending, prune, taken
 from .conditions import READY, Finding
-from .departures import departures, refusal
+from .departures import departures, refusal, replicas
 from .keyring import Maker
 from .kube import ApiError, Cluster, Object
 from .observe import Seen, answers, look
@@ -78,7 +78,9 @@ class Reconciler:
         replies = await answers(self.prober, [node.target for node in planned.nodes if node.target])
         nodes = health(planned, seen, replies, self.now())
         derpmap = publish(region, planned.published, [item.candidate for item in nodes])
-        manifests = children(region, Inputs(self.image, planned.members, planned.ring.data, planned.settings, derpmap))
+        count = replicas(region, seen, previous.get("map") or {}, self.now())
+        made = Inputs(self.image, planned.members, planned.ring.data, planned.settings, derpmap, count)
+        manifests = children(region, made)
         refused: Sequence[Finding] = ()
         if region.paused:
             refused = paused(pending(region, manifests, seen.live) if _writable(planned) else ())

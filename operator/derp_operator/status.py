@@ -169,8 +169,15 @@ def findings(
         found.append(Finding(conditions.MAP_PENDING, f"{waits} at the next look."))
     leftover = [pod for pod in plan.members if pod not in region.pods]
     if leftover:
-        found.append(Finding(conditions.SCALING_DOWN, f"Pods that left the region stop: {', '.join(leftover)}."))
+        found.append(Finding(conditions.SCALING_DOWN, _leaving(region, seen, leftover)))
     return [*found, *_outdated(region, seen, judged), *going]
+
+
+def _leaving(region: Region, seen: Seen, pods: Sequence[str]) -> str:
+    owner = seen.live.get(("StatefulSet", region.name))
+    if owner and owner["spec"]["replicas"] > region.replicas:
+        return f"Pods that left the DERP map stop when it has spread (spec.map.spread): {', '.join(pods)}."
+    return f"Pods that left the region stop: {', '.join(pods)}."
 
 
 def behind(region: Region, seen: Seen, nodes: Iterable[Health]) -> list[str]:
@@ -269,7 +276,7 @@ def _node_status(region: Region, item: Health, inside: Mapping[str, Any]) -> dic
 def _map_status(
     region: Region, seen: Seen, derpmap: DERPMap, previous: Mapping[str, Any], now: datetime
 ) -> dict[str, Any]:
-    digest = hashlib.sha256(derpmap.to_json().encode()).hexdigest()
+    digest = map_hash(derpmap)
     known = previous.get("hash") == digest and previous.get("publishedAt")
     result: dict[str, Any] = {
         "configMap": names.derp_map(region.name),
@@ -278,6 +285,10 @@ def _map_status(
     }
     consumers = [_consumer_status(region, seen, form.consumer) for form in region.map.forms if form.consumer]
     return result | ({"consumers": consumers} if consumers else {})
+
+
+def map_hash(derpmap: DERPMap) -> str:
+    return hashlib.sha256(derpmap.to_json().encode()).hexdigest()
 
 
 def _consumer_status(region: Region, seen: Seen, consumer: str) -> dict[str, str]:

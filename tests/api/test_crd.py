@@ -95,6 +95,7 @@ POD_TERM = {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLab
         keys(secretKeyRef={"name": "clients", "key": ".keys"}),
         {"limits": {"acceptConnectionsPerSecond": 10, "acceptBurst": 5, "clientBytesPerSecond": 10**10}},
         {"map": {"latitude": -52.5, "longitude": 13, "noMeasureNoHome": True}},
+        {"map": {"spread": "1m30s"}},
         {"regionID": 997, "map": {"layout": "RegionPerNode"}},
         {"map": {"nodeOrder": [2, 0], "consumers": [{"name": "tailnet-a", "nodeOrder": [1]}, {"name": "b"}]}},
         {"map": {"firstRegionID": 910, "consumers": [{"name": "a", "layout": "RegionPerNode"}]}},
@@ -213,6 +214,8 @@ def includes(whole: Any, part: Any) -> bool:
         (keys(secretKeyRef={"name": "A_", "key": "b"}), "an object's name is made of lower-case letters"),
         ({"limits": {"acceptBurst": 1}}, "acceptBurst has an effect only together with acceptConnectionsPerSecond"),
         ({"limits": {"clientBurstBytes": 1}}, "clientBurstBytes has an effect only together with clientBytesPerSecond"),
+        ({"map": {"spread": "2h"}}, 'spread is "2h": write a duration of at most 1h, like 30s or 5m'),
+        ({"map": {"spread": "soon"}}, 'spread is "soon": write a duration of at most 1h'),
         ({"map": {"latitude": 52.5}}, "latitude and longitude belong together"),
         ({"map": {"firstRegionID": 910}}, "firstRegionID is only for layout RegionPerNode"),
         (

@@ -196,6 +196,7 @@ async def test_scaling_writes_in_the_order_that_clients_need(berlin: World) -> N
     await berlin.change(replicas=3)
     down = Recorder(berlin.kube)
     await berlin.reconcile(down)
+    await berlin.reconcile(down)
     applied = [(kind, name) for verb, kind, name in down.writes if verb in ("apply", "delete")]
     assert applied == [("ConfigMap", "berlin-derpmap"), ("StatefulSet", "berlin")]
     settings = json.loads((await berlin.data("ConfigMap", "berlin-settings"))[names.SETTINGS_FILE])

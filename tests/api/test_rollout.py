@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
+from derp_operator import names
 from derp_operator.kube import ApiError, Object
 from derp_operator.observe import is_ready
 
@@ -217,3 +220,93 @@ async def test_a_paused_region_keeps_its_pods(berlin: World) -> None:
     assert "berlin-0, berlin-1, berlin-2 later" in condition(await berlin.region())["message"]
     await berlin.change(paused=None)
     assert len(await roll(berlin, Recorder(berlin.kube))) == 3
+
+
+def at_rest(replicas: int) -> dict[str, Any]:
+    return {"replicas": replicas, "map": {"spread": "30s"}}
+
+
+async def running(place: World) -> dict[str, str]:
+    return {pod["metadata"]["name"]: pod["metadata"]["uid"] for pod in await place.pods()}
+
+
+async def mapped(place: World) -> int:
+    region = await place.region()
+    return sum(node["inMap"] for node in region["status"]["nodes"])
+
+
+async def test_leavers_stay_until_the_map_has_spread(berlin: World) -> None:
+    await settled(berlin, **at_rest(5))
+    pods = await running(berlin)
+    await berlin.change(replicas=3)
+    region = await berlin.settle()
+    assert await mapped(berlin) == 3
+    assert await running(berlin) == pods
+    assert condition(region)["reason"] == "ScalingDown"
+    assert "stop when it has spread (spec.map.spread): berlin-3, berlin-4" in condition(region)["message"]
+    settings = json.loads((await berlin.data("ConfigMap", "berlin-settings"))[names.SETTINGS_FILE])
+    assert len(settings["nodes"]) == 5
+    await berlin.get("Service", "berlin-4")
+    await berlin.stop("berlin-1")  # while a pod of the others restarts, nothing changes in that
+    berlin.skew += timedelta(seconds=20)
+    await berlin.settle()
+    assert set(await running(berlin)) == set(pods)
+    berlin.skew += timedelta(seconds=11)
+    region = await berlin.settle()
+    assert condition(region)["status"] == "True"
+    left = await running(berlin)
+    assert left == {name: uid for name, uid in pods.items() if name in ("berlin-0", "berlin-2")} | {
+        "berlin-1": left["berlin-1"]
+    }
+    assert await berlin.kube.get("Service", berlin.namespace, "berlin-4") is None
+
+
+async def test_leavers_that_are_wanted_again_come_back(berlin: World) -> None:
+    await settled(berlin, **at_rest(5))
+    pods = await running(berlin)
+    await berlin.change(replicas=3)
+    await berlin.settle()
+    await berlin.change(replicas=4)
+    await berlin.settle()
+    assert await mapped(berlin) == 4
+    assert await running(berlin) == pods
+    berlin.skew += timedelta(seconds=31)
+    region = await berlin.settle()
+    assert await running(berlin) == {name: uid for name, uid in pods.items() if name != "berlin-4"}
+    assert condition(region)["status"] == "True"
+    assert await mapped(berlin) == 4
+
+
+async def test_an_operator_that_comes_late_waits_no_less(berlin: World) -> None:
+    """One published the map and went, before it could say when."""
+    await settled(berlin, **at_rest(5))
+    berlin.skew += timedelta(hours=1)
+    await berlin.change(replicas=3)
+    calm = Recorder(berlin.kube)
+    await berlin.reconcile(calm)
+    assert calm.writes[0] == ("apply", "ConfigMap", "berlin-derpmap")
+    assert ("status", names.KIND, "berlin") in calm.writes
+    await berlin.change(replicas=5)
+    await berlin.settle()
+    await berlin.change(replicas=3)
+    with pytest.raises(ApiError):
+        await berlin.reconcile(Recorder(berlin.kube, fail_at=2))
+    berlin.skew += timedelta(minutes=5)
+    pods = await running(berlin)
+    await berlin.settle()
+    assert await running(berlin) == pods
+    berlin.skew += timedelta(seconds=31)
+    await berlin.settle()
+    assert len(await running(berlin)) == 3
+
+
+async def test_nobody_waits_for_pods_that_clients_never_knew(berlin: World) -> None:
+    berlin.relays.faults["berlin-3"] = "STUN on port 3478 does not answer"
+    await settled(berlin, **at_rest(3))
+    berlin.skew += timedelta(minutes=1)
+    await berlin.change(replicas=4)
+    await berlin.settle()
+    assert len(await running(berlin)) == 4
+    await berlin.change(replicas=3)
+    await berlin.settle()
+    assert len(await running(berlin)) == 3

@@ -240,7 +240,8 @@ class World:
 
     def manifest(self, spec: Mapping[str, Any]) -> Object:
         """The region with fields of its spec replaced; None leaves one out."""
-        whole = {"regionID": 900, "clients": {"open": True}, "exposure": {"type": "NodePort"}, **spec}
+        whole: Object = {"regionID": 900, "clients": {"open": True}, "exposure": {"type": "NodePort"}}
+        whole |= {"map": {"spread": "0s"}, **spec}  # by default nobody waits
         return {
             "apiVersion": f"{names.GROUP}/{names.VERSION}",
             "kind": names.KIND,

@@ -40,7 +40,7 @@ def manifests(wanted: Region, image: str = "derper:1", members: tuple[str, ...] 
         pod: settings_node(wanted, pod, server_key=f"nodekey:{pod}", host_name=pod, pin="", certificates=[pod])
         for pod in pods
     }
-    return children(wanted, Inputs(image, pods, {"mesh.key": b"00"}, nodes, None))
+    return children(wanted, Inputs(image, pods, {"mesh.key": b"00"}, nodes, None, wanted.replicas))
 
 
 def find(found: list[Object], kind: str, name: str) -> Object:

@@ -57,6 +57,7 @@ def test_the_demo_is_what_others_rely_on() -> None:
         "replicas": 3,
         "exposure": {"type": "NodePort", "nodePort": {"derpPortBase": 30443, "stunPortBase": 30478}},
         "tls": {"hostName": "Generated"},
+        "map": {"spread": "5s"},
         "clients": {"open": True},
     }
 

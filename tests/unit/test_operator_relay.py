@@ -41,7 +41,7 @@ def relays(tmp_path: Path) -> Iterator[dict[str, Target]]:
         )
         for pod, found in keys.nodes.items()
     }
-    manifests = children(wanted, Inputs("derper", wanted.pods, keys.data, nodes, None))
+    manifests = children(wanted, Inputs("derper", wanted.pods, keys.data, nodes, None, 3))
     ips = {pod: f"127.{80 + os.getpid() % 100}.{os.getpid() // 100 % 250}.{i + 1}" for i, pod in enumerate(wanted.pods)}
     places = {names.SECRET_DIR: str(tmp_path / "secret"), names.CONFIG_DIR: str(tmp_path / "config")}
     for kind, name, place in (("Secret", "berlin-keys", "secret"), ("ConfigMap", "berlin-settings", "config")):

@@ -27,6 +27,7 @@ KEEPS: list[Spec] = [
     {"tls": {"hostName": "Address"}},
     {"clients": {"verifyURLs": ["https://headscale.example.com/verify"], "failOpen": True}},
     {"limits": {"acceptConnectionsPerSecond": 10, "clientBytesPerSecond": 1}},
+    {"map": {"spread": "5m"}},
     {"map": {"latitude": 1.0, "longitude": 2.0, "noMeasureNoHome": True}},
     {"paused": True},
 ]

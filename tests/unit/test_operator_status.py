@@ -114,7 +114,9 @@ class Table:
         asked = {node.pod for node in planned.nodes if node.target}
         judged = health(planned, seen, {name: item for name, item in self.answers.items() if name in asked}, NOW)
         derpmap = publish(self.region, planned.published, [item.candidate for item in judged])
-        made = children(self.region, Inputs("derper", planned.members, planned.ring.data, planned.settings, derpmap))
+        count = self.region.replicas
+        inputs = Inputs("derper", planned.members, planned.ring.data, planned.settings, derpmap, count)
+        made = children(self.region, inputs)
         self.live.update({(item["kind"], item["metadata"]["name"]): item for item in made})
         owner = self.live["StatefulSet", "berlin"]
         owner["metadata"]["generation"], owner["status"] = 1, self.statefulset

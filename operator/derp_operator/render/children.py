@@ -26,7 +26,7 @@ class Inputs:
     """What the children depend on besides the spec.
 
     `members` are the pods of the mesh: the wanted ones, and those that still run.  `derpmap` is None until the first
-    map may be published.
+    map may be published.  `replicas` is how many pods are to run now: leaving ones keep running for a while.
     """
 
     image: str
@@ -34,6 +34,7 @@ class Inputs:
     keys: Mapping[str, bytes]
     settings: Mapping[str, SettingsNode]
     derpmap: DERPMap | None
+    replicas: int
 
 
 def identities(region: Region, members: Sequence[str]) -> list[tuple[str, str]]:
@@ -70,7 +71,7 @@ def children(region: Region, inputs: Inputs) -> list[dict[str, Any]]:
         mesh_service(region),
         *_pod_services(region, inputs.members),
         *(derp_maps(region, inputs.derpmap) if inputs.derpmap else []),
-        stateful_set(region, inputs.image),
+        stateful_set(region, inputs.image, inputs.replicas),
     ]
 
 

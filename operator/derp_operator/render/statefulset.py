@@ -42,11 +42,11 @@ DEFAULT_RESOURCES: Final = {
 }
 
 
-def stateful_set(region: Region, image: str) -> dict[str, Any]:
-    """The relays.  `image` is used unless the region names its own."""
+def stateful_set(region: Region, image: str, replicas: int) -> dict[str, Any]:
+    """`replicas` relays.  `image` is used unless the region names its own."""
     return child(region, "apps/v1", "StatefulSet", region.name) | {
         "spec": {
-            "replicas": region.replicas,
+            "replicas": replicas,
             "serviceName": names.mesh_service(region.name),
             "podManagementPolicy": "Parallel",  # OrderedReady never heals a broken rollout (kubernetes#67250)
             "updateStrategy": {"type": "OnDelete"},  # by the operator: RollingUpdate knows only a pod's readiness

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, Literal
+
+from . import durations
 
 if TYPE_CHECKING:
     from .region import Region
@@ -12,6 +15,8 @@ if TYPE_CHECKING:
 Layout = Literal["Region", "RegionPerNode"]
 
 LAST_ID: Final = 999
+SPREAD: Final = timedelta(seconds=30)
+MAX_SPREAD: Final = timedelta(hours=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +34,19 @@ class MapForm:
 
 @dataclass(frozen=True, slots=True)
 class MapOptions:
-    """`first_region_id` is that of ordinal 0 in layout `RegionPerNode`; None: the region's own."""
+    """`first_region_id` is that of ordinal 0 in layout `RegionPerNode`; None: the region's own.  `spread` is how long a
+    new map may take until all clients have it.
+    """
 
     latitude: float | None = None
     longitude: float | None = None
     no_measure_no_home: bool = False
     first_region_id: int | None = None
     forms: tuple[MapForm, ...] = (MapForm(),)
+    spread: timedelta = SPREAD
 
 
-def parse(spec: Mapping[str, Any]) -> MapOptions:
+def parse(spec: Mapping[str, Any], problems: list[str]) -> MapOptions:
     layout: Layout = spec.get("layout", "Region")
     return MapOptions(
         latitude=_degrees(spec.get("latitude")),
@@ -46,7 +54,16 @@ def parse(spec: Mapping[str, Any]) -> MapOptions:
         no_measure_no_home=bool(spec.get("noMeasureNoHome", False)),
         first_region_id=spec.get("firstRegionID"),
         forms=(_form(spec, "", layout), *(_form(item, item["name"], layout) for item in spec.get("consumers") or ())),
+        spread=_spread(spec.get("spread"), problems),
     )
+
+
+def _spread(text: str | None, problems: list[str]) -> timedelta:
+    found = SPREAD if text is None else durations.parse(text)
+    if found is None or found > MAX_SPREAD:
+        problems.append(f"spec.map.spread is {text!r}: write a duration of at most 1h, like 30s or 5m.")
+        return SPREAD
+    return found
 
 
 def _form(spec: Mapping[str, Any], consumer: str, layout: Layout) -> MapForm:

@@ -91,7 +91,7 @@ def parse(resource: Mapping[str, Any]) -> Region:
         tls=tls.parse(spec.get("tls") or {}),
         limits=limits.parse(spec.get("limits") or {}),
         rebalance=rebalance.parse(spec.get("rebalance") or {}),
-        map=derpmap.parse(spec.get("map") or {}),
+        map=derpmap.parse(spec.get("map") or {}, problems),
         pod=pod.parse(spec.get("pod") or {}),
     )
     for rule in _RULES:
