@@ -65,7 +65,7 @@ def endpoint(region: Region, name: str, place: Place) -> Endpoint | Finding:
     if region.exposure.type == "ClusterIP":
         found = [ip for ip in place.service["spec"].get("clusterIPs", ()) if ip != "None"]
         return _reached(region, name, found or _pending(f"Service {name} has no cluster address yet."), derp, stun)
-    return _at_load_balancer(region, name, place, derp, stun)
+    return _reached(region, name, _at_load_balancer(region, name, place), derp, stun)
 
 
 def node_addresses(node: Mapping[str, Any], kind: str) -> list[str]:
@@ -108,16 +108,17 @@ def _labelled(label: str, name: str, node: Mapping[str, Any] | None) -> list[str
     return found
 
 
-def _at_load_balancer(region: Region, name: str, place: Place, derp: int, stun: int) -> Endpoint | Finding:
+def _at_load_balancer(region: Region, name: str, place: Place) -> list[str] | Finding:
+    """No address at all means that clients ask DNS for the relay's own name."""
     ingress = (place.service or {}).get("status", {}).get("loadBalancer", {}).get("ingress") or []
     addresses = [item["ip"] for item in ingress if _is_address(item.get("ip") or "")]
     hosts = [item["hostname"] for item in ingress if item.get("hostname")]
     if addresses:
-        return _reached(region, name, addresses, derp, stun)
+        return addresses
     if not hosts:
         return _pending(f"Service {name} has no load balancer address yet.")
     if region.tls.host_name == "Template":
-        return Endpoint("", "", derp, stun)
+        return []
     found = place.resolved.get(hosts[0], Resolution(fault="not asked yet"))
     if not found.addresses:
         return _pending(
@@ -125,13 +126,19 @@ def _at_load_balancer(region: Region, name: str, place: Place, derp: int, stun: 
             f"({found.fault}): the last known address stays."
         )
     # Several addresses come in any order: the one that clients have is as good as another.
-    return _reached(region, name, sorted(found.addresses, key=lambda ip: ip not in place.known), derp, stun)
+    return sorted(found.addresses, key=lambda ip: ip not in place.known)
 
 
 def _reached(region: Region, name: str, found: list[str] | Finding, derp: int, stun: int) -> Endpoint | Finding:
-    """The first address of each family that clients are to have."""
+    """The first address of each family that clients are to have; what the spec says of this node goes before all."""
+    own = region.node(name)
+    derp, stun = own.derp_port or derp, own.stun_port or stun
+    if own.ipv4 or own.ipv6:
+        return Endpoint(own.ipv4 or "none", _canonical(own.ipv6 or "none"), derp, stun)
     if isinstance(found, Finding):
         return found
+    if not found:
+        return Endpoint("", "", derp, stun)
     first: dict[str, str] = {}
     for address in map(ipaddress.ip_address, filter(_is_address, found)):
         family = f"IPv{address.version}"
@@ -141,6 +148,10 @@ def _reached(region: Region, name: str, found: list[str] | Finding, derp: int, s
         wanted = " or ".join(region.exposure.families) or "IP"
         return _pending(f"Pod {name} is reached under no {wanted} address yet.")
     return Endpoint(first.get("IPv4", "none"), first.get("IPv6", "none"), derp, stun)
+
+
+def _canonical(text: str) -> str:
+    return str(ipaddress.ip_address(text)) if text != "none" else text
 
 
 def _is_address(text: str) -> bool:

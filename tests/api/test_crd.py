@@ -84,6 +84,15 @@ POD_TERM = {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLab
         exposed("NodePort", derpPortBase=30001, stunPortBase=30004),
         exposed("NodePort", addressLabel="example.com/public-ip", externalTrafficPolicy="Cluster"),
         exposed("HostPort", addressLabel="example.com/public-ip"),
+        exposed("LoadBalancer")
+        | {
+            "nodes": [
+                {"ordinal": 0, "annotations": {"a/b": "c"}, "loadBalancerIP": "192.0.2.1", "derpNodePort": 30001},
+                {"ordinal": 63, "ipv4": "192.0.2.1", "ipv6": "2001:db8::1", "derpPort": 443, "stunPort": 3478},
+                {"ordinal": 2, "ipv4": "none", "ipv6": "2001:db8::1", "stunNodePort": 30002},
+            ]
+        },
+        {"tls": TEMPLATE, "nodes": [{"ordinal": 0, "hostName": "relay1.example.com"}]},
         {"exposure": {"ipFamilies": ["IPv6", "IPv4"], "loadBalancer": {"externalTrafficPolicy": "Cluster"}}},
         exposed("HostPort", derpPort=1, stunPort=65535),
         {"exposure": {"type": "ClusterIP", "clusterIP": {"derpPort": 8443}}},
@@ -171,6 +180,25 @@ def includes(whole: Any, part: Any) -> bool:
             "addressLabel says which address it is; remove addressType",
         ),
         (exposed("HostPort", addressLabel="a", addressType="ExternalIP"), "addressLabel says which address it is"),
+        (exposed("HostPort") | {"nodes": [{"ordinal": 0, "annotations": {}}]}, "exposure HostPort has none; remove"),
+        (
+            exposed("NodePort") | {"nodes": [{"ordinal": 0, "loadBalancerIP": "192.0.2.1"}]},
+            "loadBalancerIP is only for exposure LoadBalancer",
+        ),
+        (
+            exposed("HostPort") | {"nodes": [{"ordinal": 0, "derpNodePort": 3}]},
+            "are only for exposure LoadBalancer and",
+        ),
+        ({"nodes": [{"ordinal": 0, "hostName": "a.b"}]}, "hostName of a node is only for tls.hostName: Template"),
+        ({"tls": TEMPLATE, "nodes": [{"ordinal": 0, "hostName": "A"}]}, '"A" is not a lower-case DNS name like relay1'),
+        ({"nodes": [{"ordinal": 0, "loadBalancerIP": "a"}]}, '"a" is not an IP address'),
+        ({"nodes": [{"ordinal": 0, "ipv4": "2001:db8::1"}]}, '"2001:db8::1" is not an IPv4 address like 192.0.2.1'),
+        ({"nodes": [{"ordinal": 0, "ipv6": "192.0.2.1"}]}, '"192.0.2.1" is not an IPv6 address like 2001:db8::1'),
+        ({"nodes": [{"ordinal": 0, "ipv4": "none"}]}, "ipv4 and ipv6 leave no address"),
+        ({"nodes": [{"ordinal": 0, "derpNodePort": 30001, "stunNodePort": 30001}]}, "must differ, because a node port"),
+        ({"nodes": [{"ordinal": 0}, {"ordinal": 0}]}, "spec.nodes[1]: Duplicate value"),
+        ({"nodes": [{"ordinal": 64}]}, "spec.nodes[0].ordinal in body should be less than or equal to 63"),
+        ({"nodes": [{}]}, "spec.nodes[0].ordinal: Required value"),
         ({"exposure": {"ipFamilies": ["IPv4", "IPv4"]}}, 'spec.exposure.ipFamilies[1]: Duplicate value: "IPv4"'),
         ({"exposure": {"ipFamilies": ["ipv4"]}}, 'Unsupported value: "ipv4": supported values: "IPv4", "IPv6"'),
         ({"exposure": {"ipFamilies": []}}, "spec.exposure.ipFamilies in body should have at least 1 items"),

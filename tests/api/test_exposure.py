@@ -104,6 +104,39 @@ async def test_nodes_say_their_address_in_a_label(berlin: World) -> None:
     assert (await nodes(berlin))[1].ipv6 == "2001:db8::1"
 
 
+async def test_nodes_with_something_of_their_own(berlin: World) -> None:
+    await berlin.create()
+    await berlin.settle()
+    template = (await berlin.get("StatefulSet", "berlin"))["spec"]["template"]
+    own: list[Object] = [
+        {"ordinal": 0, "ipv4": "203.0.113.1", "derpPort": 443, "stunPort": 3478},
+        {"ordinal": 1, "derpNodePort": 30060, "stunNodePort": 30061, "annotations": {"a": "{pod}"}},
+        {"ordinal": 7, "ipv4": "203.0.113.7"},
+    ]
+    await berlin.change(nodes=own)
+    assert condition(await berlin.settle())["status"] == "True"
+    first, second, third = await nodes(berlin)
+    assert (first.ipv4, first.ipv6, first.derp_port, first.stun_port) == ("203.0.113.1", "none", 443, 3478)
+    assert (second.ipv4, second.derp_port, second.stun_port) == ("198.18.255.12", 30060, 30061)
+    assert third.ipv4 == "198.18.255.13"
+    assert (await berlin.get("Service", "berlin-1"))["metadata"]["annotations"] == {"a": "berlin-1"}
+    assert await quiet(berlin)
+    await berlin.change(nodes=None)
+    assert condition(await berlin.settle())["status"] == "True"
+    assert [node.ipv4 for node in await nodes(berlin)] == [f"198.18.255.{11 + number}" for number in range(3)]
+    assert (await berlin.get("StatefulSet", "berlin"))["spec"]["template"] == template
+    assert await quiet(berlin)
+
+
+async def test_an_address_to_ask_of_a_load_balancer(berlin: World) -> None:
+    asked = [{"ordinal": number, "loadBalancerIP": f"192.0.2.{number}"} for number in range(2)]
+    await berlin.create(exposure={"type": "LoadBalancer"}, nodes=asked)
+    await berlin.settle()
+    found = [(await berlin.get("Service", f"berlin-{number}"))["spec"].get("loadBalancerIP") for number in range(3)]
+    assert found == ["192.0.2.0", "192.0.2.1", None]
+    assert await quiet(berlin)
+
+
 @pytest.mark.parametrize(
     ("families", "ipv4", "ipv6"),
     [(None, True, True), (["IPv4"], True, False), (["IPv6"], False, True), (["IPv6", "IPv4"], True, True)],

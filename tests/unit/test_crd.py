@@ -140,6 +140,7 @@ WHOLE: dict[str, Any] = {
     "limits": {"acceptBurst": 0},
     "map": {"latitude": 1, "consumers": [{"name": "a"}]},
     "pod": {"labels": {}},
+    "nodes": [{"ordinal": 0}],
 }
 OPTIONS = {"LoadBalancer": "loadBalancer", "NodePort": "nodePort", "HostPort": "hostPort", "ClusterIP": "clusterIP"}
 

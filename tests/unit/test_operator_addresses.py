@@ -39,9 +39,10 @@ def find(kind: str, found_service: Object | None, found_pod: Object | None = Non
     tls, families = options.pop("tls", {}), options.pop("families", [])
     resolved, known = options.pop("resolved", {}), options.pop("known", ())
     key = kind[0].lower() + kind[1:]
+    own = [{"ordinal": 0, **options.pop("own")}] if "own" in options else []
     exposure = {"type": kind, "ipFamilies": families} | ({key: options} if options else {})
     place = Place(found_service, found_pod, found_node, resolved, known)
-    return endpoint(region(exposure=exposure, tls=tls), "berlin-0", place)
+    return endpoint(region(exposure=exposure, tls=tls, nodes=own), "berlin-0", place)
 
 
 @pytest.mark.parametrize(
@@ -183,6 +184,28 @@ def test_a_name_without_addresses_is_waited_for(resolved: dict[str, Resolution])
     assert isinstance(found, Finding)
     assert (found.reason, found.blocked) == ("AddressPending", False)
     assert "lb.example.net" in found.message
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({"ipv4": "203.0.113.1"}, Endpoint("203.0.113.1", "none", 30443, 30478)),
+        ({"ipv6": "2001:DB8::1"}, Endpoint("none", "2001:db8::1", 30443, 30478)),
+        ({"ipv4": "203.0.113.1", "ipv6": "2001:db8::1"}, Endpoint("203.0.113.1", "2001:db8::1", 30443, 30478)),
+        ({"ipv4": "203.0.113.1", "derpPort": 443}, Endpoint("203.0.113.1", "none", 443, 30478)),
+        ({"derpPort": 443, "stunPort": 3478}, Endpoint("198.18.0.1", "2001:db8::9", 443, 3478)),
+    ],
+)
+def test_what_the_spec_says_of_a_node_goes_before_what_is_found(own: Object, expected: Endpoint) -> None:
+    assert find("NodePort", service(), pod("198.18.0.1", "2001:db8::9"), own=own) == expected
+
+
+def test_a_node_with_a_given_address_waits_for_none() -> None:
+    own = {"ipv4": "203.0.113.1"}
+    assert find("LoadBalancer", service(), own=own) == Endpoint("203.0.113.1", "none", 443, 3478)
+    assert find("ClusterIP", service(), own=own) == Endpoint("203.0.113.1", "none", 443, 3478)
+    found = find("NodePort", service(), pod("198.18.0.1"), node(), own=own, addressType="ExternalIP")
+    assert found == Endpoint("203.0.113.1", "none", 30443, 30478)
 
 
 def test_clients_ask_dns_themselves_for_names_of_their_own() -> None:

@@ -30,6 +30,13 @@ KEEPS: list[Spec] = [
     {"map": {"spread": "5m"}},
     {"map": {"latitude": 1.0, "longitude": 2.0, "noMeasureNoHome": True}},
     {"paused": True},
+    {
+        "nodes": [
+            {"ordinal": 0, "annotations": {"a": "b"}, "derpNodePort": 30001, "stunNodePort": 30002},
+            {"ordinal": 1, "ipv4": "192.0.2.1", "ipv6": "none", "derpPort": 443, "stunPort": 3478},
+        ]
+    },
+    {"exposure": {"type": "LoadBalancer"}, "nodes": [{"ordinal": 0, "loadBalancerIP": "192.0.2.1"}]},
 ]
 # .. and these are in the pods themselves.
 ROLLS: list[Spec] = [
@@ -82,7 +89,7 @@ def test_the_matrix_names_every_field_of_the_spec() -> None:
     known = set(resource()["spec"]) | {key for change in KEEPS + ROLLS for key in change}
     assert known == {
         "regionID", "regionCode", "regionName", "replicas", "image", "imagePullPolicy", "imagePullSecrets", "exposure",
-        "tls", "clients", "limits", "map", "pod", "paused",
+        "tls", "clients", "limits", "map", "pod", "paused", "nodes",
     }  # fmt: skip
 
 
@@ -213,6 +220,25 @@ def test_node_ports_count_up_from_their_base() -> None:
     ports = [find(found, "Service", f"berlin-{number}")["spec"]["ports"] for number in range(3)]
     assert [item[0]["nodePort"] for item in ports] == [30443, 30444, 30445]
     assert "nodePort" not in ports[0][1]
+
+
+def test_a_node_may_differ_from_the_others() -> None:
+    exposure = {"type": "LoadBalancer", "loadBalancer": {"annotations": {"a": "all", "b": "all"}}}
+    own = {
+        "ordinal": 1,
+        "annotations": {"b": "{pod}"},
+        "loadBalancerIP": "192.0.2.1",
+        "derpNodePort": 30001,
+        "stunNodePort": 30002,
+    }
+    found = manifests(region(exposure=exposure, nodes=[own]))
+    other, service = (find(found, "Service", f"berlin-{number}") for number in range(2))
+    assert service["metadata"]["annotations"] == {"a": "all", "b": "berlin-1"}
+    assert service["spec"]["loadBalancerIP"] == "192.0.2.1"
+    assert [port["nodePort"] for port in service["spec"]["ports"]] == [30001, 30002]
+    assert other["metadata"]["annotations"] == {"a": "all", "b": "all"}
+    assert "loadBalancerIP" not in other["spec"]
+    assert not any("nodePort" in port for port in other["spec"]["ports"])
 
 
 def test_the_hash_follows_what_pods_re_read() -> None:

@@ -12,6 +12,8 @@ from .operatorkit import region, resource
 
 TEMPLATE = {"hostName": "Template", "hostNameTemplate": "{pod}.{region}.{namespace}.example.com"}
 CERTIFICATES = {"certificates": [{"secretName": "a"}]}
+HOST_PORT = {"exposure": {"type": "HostPort"}}
+NODE_PORT = {"exposure": {"type": "NodePort"}}
 
 
 def test_defaults() -> None:
@@ -37,6 +39,18 @@ def test_templates() -> None:
     assert ordinal.host_name("berlin-1") == "relay1.example.com"
 
 
+def test_a_node_may_have_a_name_of_its_own() -> None:
+    found = region(tls=TEMPLATE | CERTIFICATES, nodes=[{"ordinal": 1, "hostName": "relay.example.com"}])
+    assert [found.host_name(pod) for pod in found.pods][:2] == ["berlin-0.berlin.derp.example.com", "relay.example.com"]
+
+
+def test_a_node_may_have_ports_of_its_own() -> None:
+    exposure = {"type": "NodePort", "nodePort": {"derpPortBase": 30000}}
+    found = region(exposure=exposure, nodes=[{"ordinal": 1, "derpNodePort": 31000, "stunNodePort": 31001}])
+    assert found.node_ports("berlin-0") == {"derp": 30000, "stun": None}
+    assert found.node_ports("berlin-1") == {"derp": 31000, "stun": 31001}
+
+
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
@@ -56,6 +70,31 @@ def test_templates() -> None:
         (
             {"exposure": {"type": "NodePort", "nodePort": {"addressLabel": "a", "addressType": "InternalIP"}}},
             "addressLabel and addressType InternalIP",
+        ),
+        (HOST_PORT | {"nodes": [{"ordinal": 1, "annotations": {"a": "b"}}]}, "ordinal 1: annotations are for the"),
+        (NODE_PORT | {"nodes": [{"ordinal": 1, "loadBalancerIP": "192.0.2.1"}]}, "does not apply to exposure NodePort"),
+        (HOST_PORT | {"nodes": [{"ordinal": 1, "derpNodePort": 30001}]}, "do not apply to exposure HostPort"),
+        ({"nodes": [{"ordinal": 1, "hostName": "a.b"}]}, "hostName does not apply to tls.hostName Generated"),
+        ({"nodes": [{"ordinal": 1, "loadBalancerIP": "a"}]}, "loadBalancerIP is 'a': write an IP address."),
+        ({"nodes": [{"ordinal": 1, "ipv4": "2001:db8::1"}]}, "ipv4 is '2001:db8::1': write an IPv4 address, or none."),
+        ({"nodes": [{"ordinal": 1, "ipv6": "a"}]}, "ipv6 is 'a': write an IPv6 address, or none."),
+        ({"nodes": [{"ordinal": 1, "ipv6": "none"}]}, "ipv4 and ipv6 leave no address"),
+        (
+            NODE_PORT | {"nodes": [{"ordinal": 0, "derpNodePort": 30001}, {"ordinal": 2, "stunNodePort": 30001}]},
+            "node port 30001 is for derp of berlin-0 and for stun of berlin-2",
+        ),
+        (
+            {"exposure": {"type": "NodePort", "nodePort": {"derpPortBase": 30000}}}
+            | {"nodes": [{"ordinal": 0, "derpNodePort": 30001}]},
+            "node port 30001 is for derp of berlin-0 and for derp of berlin-1",
+        ),
+        (
+            {"nodes": [{"ordinal": 0, "ipv4": "192.0.2.1"}, {"ordinal": 2, "ipv4": "192.0.2.1"}]},
+            "ordinals 0 and 2 have the same address 192.0.2.1 and port",
+        ),
+        (
+            {"tls": TEMPLATE | CERTIFICATES, "nodes": [{"ordinal": 0, "hostName": "berlin-1.berlin.derp.example.com"}]},
+            "every pod needs its own name",
         ),
         ({"tls": {"hostName": "Template"}}, "spec.tls.hostNameTemplate is missing"),
         ({"tls": TEMPLATE}, "spec.tls.certificates is empty"),

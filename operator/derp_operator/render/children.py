@@ -78,7 +78,7 @@ def children(region: Region, inputs: Inputs) -> list[dict[str, Any]]:
 def _pod_services(region: Region, members: Sequence[str]) -> list[dict[str, Any]]:
     if region.exposure.type == "HostPort":
         return []
-    return [pod_service(region, pod, int(pod.rpartition("-")[2])) for pod in members]
+    return [pod_service(region, pod) for pod in members]
 
 
 def config_hash(manifests: Sequence[Mapping[str, Any]], region: Region, given: Sequence[Data]) -> str:

@@ -33,20 +33,24 @@ def mesh_service(region: Region) -> dict[str, Any]:
     }
 
 
-def pod_service(region: Region, pod: str, ordinal: int) -> dict[str, Any]:
+def pod_service(region: Region, pod: str) -> dict[str, Any]:
     """The way of clients to one pod.  Not for HostPort, where the node's own ports lead to it."""
     exposure = region.exposure
     manifest = child(region, "v1", "Service", pod, pod)
-    if exposure.annotations:
+    own = region.node(pod)
+    annotations = dict(exposure.annotations) | dict(own.annotations)
+    if annotations:
         values = region.variables(pod)
-        manifest["metadata"]["annotations"] = {key: _filled(text, values) for key, text in exposure.annotations.items()}
+        manifest["metadata"]["annotations"] = {key: _filled(text, values) for key, text in annotations.items()}
     manifest["spec"] = {
         "type": exposure.type,
         **_families(exposure),
         "publishNotReadyAddresses": True,
         "selector": {_POD_NAME_LABEL: pod},
-        "ports": _ports(exposure, ordinal),
+        "ports": _ports(region, pod),
     } | _external(exposure)
+    if own.load_balancer_ip:
+        manifest["spec"]["loadBalancerIP"] = own.load_balancer_ip
     return manifest
 
 
@@ -77,11 +81,10 @@ def _external(exposure: Exposure) -> dict[str, Any]:
     )
 
 
-def _ports(exposure: Exposure, ordinal: int) -> list[dict[str, Any]]:
-    derp: dict[str, Any] = {"name": "derp", "protocol": "TCP", "port": exposure.derp_port, "targetPort": "derp"}
-    stun: dict[str, Any] = {"name": "stun", "protocol": "UDP", "port": exposure.stun_port, "targetPort": "stun"}
-    if exposure.derp_port_base is not None:
-        derp["nodePort"] = exposure.derp_port_base + ordinal
-    if exposure.stun_port_base is not None:
-        stun["nodePort"] = exposure.stun_port_base + ordinal
-    return [derp, stun]
+def _ports(region: Region, pod: str) -> list[dict[str, Any]]:
+    exposure, node_ports = region.exposure, region.node_ports(pod)
+    ports: list[dict[str, Any]] = [
+        {"name": "derp", "protocol": "TCP", "port": exposure.derp_port, "targetPort": "derp"},
+        {"name": "stun", "protocol": "UDP", "port": exposure.stun_port, "targetPort": "stun"},
+    ]
+    return [port | without_empty({"nodePort": node_ports[port["name"]]}) for port in ports]

@@ -10,6 +10,7 @@ from .derpmap import Layout, MapForm, MapOptions
 from .errors import InvalidSpec
 from .exposure import AddressType, Exposure, ExposureType
 from .limits import Limits
+from .nodes import NodeOptions
 from .pod import PodOptions
 from .region import MAX_REPLICAS, MIN_REPLICAS, Region, parse
 from .tls import HostNameMode, Tls
@@ -28,6 +29,7 @@ __all__ = [
     "Limits",
     "MapForm",
     "MapOptions",
+    "NodeOptions",
     "PodOptions",
     "Region",
     "Tls",

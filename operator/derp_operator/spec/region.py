@@ -9,11 +9,13 @@ from typing import Any, Final
 
 from .. import names
 from . import clients, derpmap, exposure, limits, pod, rebalance, tls
+from . import clients, derpmap, exposure, limits, nodes, pod, tls
 from .clients import Clients
 from .derpmap import MapOptions
 from .errors import InvalidSpec
 from .exposure import Exposure
 from .limits import Limits
+from .nodes import NodeOptions
 from .pod import PodOptions
 from .rebalance import Rebalance
 from .tls import Tls
@@ -47,6 +49,7 @@ class Region:
     rebalance: Rebalance = field(default_factory=Rebalance)
     map: MapOptions = field(default_factory=MapOptions)
     pod: PodOptions = field(default_factory=PodOptions)
+    nodes: Mapping[int, NodeOptions] = field(default_factory=dict)
 
     @property
     def pods(self) -> tuple[str, ...]:
@@ -59,8 +62,19 @@ class Region:
         return self.map.first_region_id or self.region_id
 
     def host_name(self, pod: str) -> str:
-        """The name that `tls.hostNameTemplate` gives to a pod.  Only for mode Template."""
-        return tls.expand(self.tls.template or "", self.variables(pod))
+        """The name that `nodes` or `tls.hostNameTemplate` gives to a pod.  Only for mode Template."""
+        return self.node(pod).host_name or tls.expand(self.tls.template or "", self.variables(pod))
+
+    def node(self, pod: str) -> NodeOptions:
+        """What a pod has of its own."""
+        return self.nodes.get(int(pod.rpartition("-")[2]), NodeOptions())
+
+    def node_ports(self, pod: str) -> dict[str, int | None]:
+        """The node ports of a pod's Service, "derp" and "stun"; None where the API server chooses."""
+        own, ordinal = self.node(pod), int(pod.rpartition("-")[2])
+        bases = self.exposure.derp_port_base, self.exposure.stun_port_base
+        counted = (None if base is None else base + ordinal for base in bases)
+        return dict(zip(("derp", "stun"), map(_first, (own.derp_node_port, own.stun_node_port), counted), strict=True))
 
     def variables(self, pod: str) -> dict[str, str]:
         """What templates may name about a pod."""
@@ -93,12 +107,17 @@ def parse(resource: Mapping[str, Any]) -> Region:
         rebalance=rebalance.parse(spec.get("rebalance") or {}),
         map=derpmap.parse(spec.get("map") or {}, problems),
         pod=pod.parse(spec.get("pod") or {}),
+        nodes=nodes.parse(spec.get("nodes") or ()),
     )
     for rule in _RULES:
         problems.extend(rule(region))
     if problems:
         raise InvalidSpec(problems)
     return region
+
+
+def _first(own: int | None, common: int | None) -> int | None:
+    return common if own is None else own
 
 
 def _check_name(region: Region) -> list[str]:
@@ -126,4 +145,5 @@ _RULES: Final[tuple[Callable[[Region], list[str]], ...]] = (
     tls.check,
     clients.check,
     derpmap.check,
+    nodes.check,
 )
