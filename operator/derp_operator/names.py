@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 GROUP: Final = "derp.network"
@@ -33,6 +34,12 @@ MAP_YAML: Final = "derpmap.yaml"
 def selector(region: str) -> dict[str, str]:
     """The labels that select a region's pods."""
     return {"app.kubernetes.io/name": "derper", "app.kubernetes.io/instance": region, REGION_LABEL: region}
+
+
+def reserved(keys: Iterable[str]) -> set[str]:
+    """Those of the keys of labels or annotations that are the operator's own."""
+    ours = selector("").keys() | {MANAGED_BY_LABEL}
+    return {key for key in keys if key in ours or key.startswith(f"{GROUP}/")}
 
 
 def labels(region: str, pod: str | None = None) -> dict[str, str]:

@@ -70,6 +70,7 @@ NODE_AFFINITY = {
         "nodeSelectorTerms": [{"matchExpressions": [{"key": "zone", "operator": "In", "values": ["a"]}]}]
     }
 }
+SPREAD = {"maxSkew": 1, "topologyKey": "topology.kubernetes.io/zone", "whenUnsatisfiable": "DoNotSchedule"}
 POD_TERM = {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": {"app": "noisy"}}}
 
 
@@ -93,6 +94,8 @@ POD_TERM = {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLab
             ]
         },
         {"tls": TEMPLATE, "nodes": [{"ordinal": 0, "hostName": "relay1.example.com"}]},
+        {"pod": {"topologySpreadConstraints": [SPREAD], "runtimeClassName": "gvisor", "schedulerName": "other"}},
+        {"pod": {"env": [{"name": "HTTPS_PROXY", "value": ""}], "serviceAccountAnnotations": {"a/b": "c"}}},
         {"exposure": {"ipFamilies": ["IPv6", "IPv4"], "loadBalancer": {"externalTrafficPolicy": "Cluster"}}},
         exposed("HostPort", derpPort=1, stunPort=65535),
         {"exposure": {"type": "ClusterIP", "clusterIP": {"derpPort": 8443}}},
@@ -199,6 +202,11 @@ def includes(whole: Any, part: Any) -> bool:
         ({"nodes": [{"ordinal": 0}, {"ordinal": 0}]}, "spec.nodes[1]: Duplicate value"),
         ({"nodes": [{"ordinal": 64}]}, "spec.nodes[0].ordinal in body should be less than or equal to 63"),
         ({"nodes": [{}]}, "spec.nodes[0].ordinal: Required value"),
+        (
+            {"pod": {"env": [{"name": "POD_NAME", "value": "a"}]}},
+            "POD_NAME is set by the operator; choose another name",
+        ),
+        ({"pod": {"terminationGracePeriodSeconds": 5}}, "in body should be greater than or equal to 30"),
         ({"exposure": {"ipFamilies": ["IPv4", "IPv4"]}}, 'spec.exposure.ipFamilies[1]: Duplicate value: "IPv4"'),
         ({"exposure": {"ipFamilies": ["ipv4"]}}, 'Unsupported value: "ipv4": supported values: "IPv4", "IPv6"'),
         ({"exposure": {"ipFamilies": []}}, "spec.exposure.ipFamilies in body should have at least 1 items"),

@@ -72,7 +72,16 @@ async def test_the_map_is_whole_in_both_forms(berlin: World) -> None:
 
 
 async def test_a_second_pass_writes_nothing(berlin: World) -> None:
-    await berlin.create(pod={"resources": {"requests": {"cpu": "1000m"}, "limits": {"memory": "1024Mi"}}})
+    spread = {"maxSkew": 1, "topologyKey": "topology.kubernetes.io/zone", "whenUnsatisfiable": "ScheduleAnyway"}
+    pod = {
+        "resources": {"requests": {"cpu": "1000m"}, "limits": {"memory": "1024Mi"}},
+        "topologySpreadConstraints": [spread],
+        "schedulerName": "other",
+        "terminationGracePeriodSeconds": 90,
+        "env": [{"name": "HTTPS_PROXY", "value": "http://proxy.example.com"}, {"name": "EMPTY", "value": ""}],
+        "serviceAccountAnnotations": {"example.com/a": "b"},
+    }
+    await berlin.create(pod=pod)
     await berlin.settle()
     recorder = Recorder(berlin.kube)
     await berlin.reconcile(recorder)

@@ -139,7 +139,7 @@ WHOLE: dict[str, Any] = {
     "rebalance": {"clientsPerMinute": 60},
     "limits": {"acceptBurst": 0},
     "map": {"latitude": 1, "consumers": [{"name": "a"}]},
-    "pod": {"labels": {}},
+    "pod": {"labels": {}, "env": [{"name": "A", "value": "b"}]},
     "nodes": [{"ordinal": 0}],
 }
 OPTIONS = {"LoadBalancer": "loadBalancer", "NodePort": "nodePort", "HostPort": "hostPort", "ClusterIP": "clusterIP"}

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from derp_operator import names
 from derp_operator.render import config_hash, identities
 from derp_operator.render.statefulset import ARGS
 
@@ -30,6 +31,7 @@ KEEPS: list[Spec] = [
     {"map": {"spread": "5m"}},
     {"map": {"latitude": 1.0, "longitude": 2.0, "noMeasureNoHome": True}},
     {"paused": True},
+    {"pod": {"serviceAccountAnnotations": {"a": "b"}}},
     {
         "nodes": [
             {"ordinal": 0, "annotations": {"a": "b"}, "derpNodePort": 30001, "stunNodePort": 30002},
@@ -38,6 +40,7 @@ KEEPS: list[Spec] = [
     },
     {"exposure": {"type": "LoadBalancer"}, "nodes": [{"ordinal": 0, "loadBalancerIP": "192.0.2.1"}]},
 ]
+ZONES = {"maxSkew": 1, "topologyKey": "topology.kubernetes.io/zone", "whenUnsatisfiable": "DoNotSchedule"}
 # .. and these are in the pods themselves.
 ROLLS: list[Spec] = [
     {"image": "derper:2"},
@@ -53,6 +56,12 @@ ROLLS: list[Spec] = [
     {"pod": {"annotations": {"a": "b"}}},
     {"pod": {"labels": {"a": "b"}}},
     {"pod": {"affinity": {"nodeAffinity": {}}}},
+    {"pod": {"workers": 2}},
+    {"pod": {"topologySpreadConstraints": [ZONES]}},
+    {"pod": {"runtimeClassName": "gvisor"}},
+    {"pod": {"schedulerName": "other"}},
+    {"pod": {"terminationGracePeriodSeconds": 90}},
+    {"pod": {"env": [{"name": "A", "value": "b"}]}},
 ]
 
 
@@ -182,6 +191,16 @@ def test_a_cluster_without_zones_still_spreads_pods_over_nodes() -> None:
     assert [item["topologyKey"] for item in found["topologySpreadConstraints"]] == ["kubernetes.io/hostname"]
     zones = found["affinity"]["podAntiAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
     assert [item["podAffinityTerm"]["topologyKey"] for item in zones] == ["topology.kubernetes.io/zone"]
+
+
+def test_the_users_spread_replaces_ours_and_selects_the_regions_pods() -> None:
+    (found,) = template(pod={"topologySpreadConstraints": [ZONES]})["spec"]["topologySpreadConstraints"]
+    assert found == ZONES | {"labelSelector": {"matchLabels": names.selector("berlin")}}
+
+
+def test_the_service_account_may_be_annotated() -> None:
+    found = manifests(region(pod={"serviceAccountAnnotations": {"a": "b"}}))
+    assert find(found, "ServiceAccount", "berlin")["metadata"]["annotations"] == {"a": "b"}
 
 
 def test_services_keep_the_clients_address_and_serve_before_readiness() -> None:

@@ -96,6 +96,12 @@ def test_a_node_may_have_ports_of_its_own() -> None:
             {"tls": TEMPLATE | CERTIFICATES, "nodes": [{"ordinal": 0, "hostName": "berlin-1.berlin.derp.example.com"}]},
             "every pod needs its own name",
         ),
+        ({"pod": {"labels": {"derp.network/x": "a"}}}, "spec.pod has derp.network/x: the operator's own"),
+        ({"pod": {"env": [{"name": "POD_NAME", "value": "a"}]}}, "spec.pod.env has POD_NAME"),
+        (
+            {"pod": {"terminationGracePeriodSeconds": 5}},
+            "terminationGracePeriodSeconds is 5: a relay needs at least 30",
+        ),
         ({"tls": {"hostName": "Template"}}, "spec.tls.hostNameTemplate is missing"),
         ({"tls": TEMPLATE}, "spec.tls.certificates is empty"),
         ({"tls": CERTIFICATES}, "do not apply to hostName Generated"),

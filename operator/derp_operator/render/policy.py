@@ -11,7 +11,10 @@ from .meta import child
 
 def service_account(region: Region) -> dict[str, Any]:
     """Relays talk to no API server: the account has no role and its token is mounted nowhere."""
-    return child(region, "v1", "ServiceAccount", region.name) | {"automountServiceAccountToken": False}
+    account = child(region, "v1", "ServiceAccount", region.name) | {"automountServiceAccountToken": False}
+    if region.pod.service_account_annotations:
+        account["metadata"]["annotations"] = dict(region.pod.service_account_annotations)
+    return account
 
 
 def disruption_budget(region: Region) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def _template(region: Region, image: str) -> dict[str, Any]:
                 "serviceAccountName": region.name,
                 "automountServiceAccountToken": False,
                 "enableServiceLinks": False,
-                "terminationGracePeriodSeconds": 60,
+                "terminationGracePeriodSeconds": pod.grace_seconds,
                 "securityContext": {
                     "runAsNonRoot": True,
                     "runAsUser": RELAY_UID,
@@ -75,11 +75,13 @@ def _template(region: Region, image: str) -> dict[str, Any]:
                     "fsGroup": RELAY_UID,
                     "seccompProfile": {"type": "RuntimeDefault"},
                 },
-                "topologySpreadConstraints": [_over_nodes(region)],
+                "topologySpreadConstraints": _spread(region),
                 "affinity": _affinity(region),
                 "nodeSelector": dict(pod.node_selector),
                 "tolerations": [dict(item) for item in pod.tolerations],
                 "priorityClassName": pod.priority_class,
+                "runtimeClassName": pod.runtime_class,
+                "schedulerName": pod.scheduler,
                 "imagePullSecrets": [{"name": name} for name in region.image_pull_secrets],
                 "containers": [_container(region, image)],
                 "volumes": list(_volumes(region).values()),
@@ -101,7 +103,10 @@ def _container(region: Region, image: str) -> dict[str, Any]:
             "imagePullPolicy": region.image_pull_policy or "IfNotPresent",
             "args": _arguments(region),  # of the image's own entry point
             "terminationMessagePolicy": "FallbackToLogsOnError",  # the status of the region quotes it
-            "env": [{"name": "POD_NAME", "valueFrom": {"fieldRef": _POD_NAME}}],
+            "env": [
+                {"name": "POD_NAME", "valueFrom": {"fieldRef": _POD_NAME}},
+                *({"name": name, "value": value} for name, value in region.pod.env.items()),
+            ],
             "ports": _ports(region),
             "resources": dict(region.pod.resources) or DEFAULT_RESOURCES,
             "securityContext": {
@@ -167,14 +172,14 @@ def _config_map(volume: str, name: str, *, optional: bool = False) -> dict[str, 
     return {"name": volume, "configMap": source | ({"optional": True} if optional else {})}
 
 
-def _over_nodes(region: Region) -> dict[str, Any]:
-    """Zones are no constraint beside it: the scheduler ranks no node by any of them that lacks one of the labels."""
-    return {
-        "maxSkew": 1,
-        "topologyKey": _NODE_LABEL,
-        "whenUnsatisfiable": "ScheduleAnyway",
-        "labelSelector": {"matchLabels": names.selector(region.name)},
-    }
+def _spread(region: Region) -> list[dict[str, Any]]:
+    """What the user wants, or over nodes.
+
+    Zones are no constraint beside it: the scheduler ranks no node by any of them that lacks one of the labels.
+    """
+    over_nodes = {"maxSkew": 1, "topologyKey": _NODE_LABEL, "whenUnsatisfiable": "ScheduleAnyway"}
+    own = {"labelSelector": {"matchLabels": names.selector(region.name)}}
+    return [dict(item) | own for item in region.pod.spread or (over_nodes,)]
 
 
 def _affinity(region: Region) -> dict[str, Any]:

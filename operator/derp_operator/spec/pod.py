@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from .. import names
+
+if TYPE_CHECKING:
+    from .region import Region
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +24,12 @@ class PodOptions:
     priority_class: str | None = None
     annotations: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
+    spread: tuple[Mapping[str, Any], ...] = ()
+    runtime_class: str | None = None
+    scheduler: str | None = None
+    grace_seconds: int = 60
+    env: Mapping[str, str] = field(default_factory=dict)
+    service_account_annotations: Mapping[str, str] = field(default_factory=dict)
 
 
 def parse(spec: Mapping[str, Any]) -> PodOptions:
@@ -31,4 +42,24 @@ def parse(spec: Mapping[str, Any]) -> PodOptions:
         priority_class=spec.get("priorityClassName"),
         annotations=dict(spec.get("annotations") or {}),
         labels=dict(spec.get("labels") or {}),
+        spread=tuple(spec.get("topologySpreadConstraints") or ()),
+        runtime_class=spec.get("runtimeClassName"),
+        scheduler=spec.get("schedulerName"),
+        grace_seconds=int(spec.get("terminationGracePeriodSeconds", 60)),
+        env={item["name"]: item["value"] for item in spec.get("env") or ()},
+        service_account_annotations=dict(spec.get("serviceAccountAnnotations") or {}),
     )
+
+
+def check(region: Region) -> list[str]:
+    pod = region.pod
+    taken = sorted(names.reserved(pod.labels) | names.reserved(pod.annotations))
+    found = [f"spec.pod has {', '.join(taken)}: the operator's own; choose another key."] if taken else []
+    if "POD_NAME" in pod.env:
+        found.append("spec.pod.env has POD_NAME, which the operator sets: choose another name.")
+    if pod.grace_seconds < 30:
+        found.append(
+            f"spec.pod.terminationGracePeriodSeconds is {pod.grace_seconds}: "
+            "a relay needs at least 30 to move its clients."
+        )
+    return found

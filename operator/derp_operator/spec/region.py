@@ -146,4 +146,5 @@ _RULES: Final[tuple[Callable[[Region], list[str]], ...]] = (
     clients.check,
     derpmap.check,
     nodes.check,
+    pod.check,
 )
