@@ -8,8 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from .. import names
-from . import clients, derpmap, exposure, limits, pod, rebalance, tls
-from . import clients, derpmap, exposure, limits, nodes, pod, tls
+from . import (
+    clients,
+    derpmap,
+    exposure,
+    limits,
+    nodes,
+    pod,
+    rebalance,
+    tls,
+)
 from .clients import Clients
 from .derpmap import MapOptions
 from .errors import InvalidSpec
