@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from dev.cluster import state
-from dev.cluster.steps import ClusterError, Steps, UnsupportedError, output
+from dev.cluster.steps import ClusterError, Steps, UnsupportedError, output, wait_for
 from dev.demo.clusters import DemoCluster, choose
 
 NAMESPACE = "derp-demo"
@@ -68,7 +68,13 @@ class Demo:
         relays = f"statefulset/{REGION}"
         self._wait(relays, "create")
         self._wait(relays, f"jsonpath={{.spec.template.spec.containers[0].image}}={image}")
-        self.kubectl("rollout", "status", relays, f"--namespace={NAMESPACE}", f"--timeout={READY_SECONDS}s")
+        pods = ["get", "pods", f"--selector=derp.network/region={REGION}", f"--namespace={NAMESPACE}"]
+        images = "--output=jsonpath={.items[*].spec.containers[0].image}"
+        wait_for(
+            lambda: set(self.kubectl(*pods, images).split()) == {image},
+            otherwise=f"the pods of {REGION} did not get the image {image}",
+            timeout=READY_SECONDS,
+        )
 
     def _wait(self, what: str, condition: str) -> None:
         self.kubectl("wait", what, f"--for={condition}", f"--namespace={NAMESPACE}", f"--timeout={READY_SECONDS}s")
