@@ -106,7 +106,9 @@ class Operator:
         self._watches = Watches(time.monotonic)
         self._watching = self._leading = self._standby = False
         cluster = CountingCluster(kube, self._metrics.writes, self._watches)
-        self._reconciler = Reconciler(cluster, ask, resolve, system_maker(), chosen.relay_image)
+        self._reconciler = Reconciler(
+            cluster, ask, resolve, system_maker(), chosen.relay_image, told=self._metrics.note
+        )
         self._queue: WorkQueue[tuple[str, str]] = WorkQueue(
             self._work, clock=time.monotonic, random=random.random, workers=chosen.workers
         )

@@ -41,6 +41,9 @@ NODES_NOT_READY: Final = "NodesNotReady"
 NODE_UNREACHABLE: Final = "NodeUnreachable"
 MESH_INCOMPLETE: Final = "MeshIncomplete"
 SETTINGS_PENDING: Final = "SettingsPending"
+ROTATING_CERTIFICATES: Final = "RotatingCertificates"
+ROTATING_MESH_KEY: Final = "RotatingMeshKey"
+CERTIFICATE_EXPIRING: Final = "CertificateExpiring"
 MAP_PENDING: Final = "MapPending"
 SCALING_DOWN: Final = "ScalingDown"
 ROLLING_OUT: Final = "RollingOut"
@@ -73,7 +76,7 @@ def conditions(
     told = list(findings)
     found = [finding for finding in told if not finding.note]
     working = [finding for finding in found if not finding.blocked]
-    broken = [finding for finding in found if finding.degraded]
+    broken = [finding for finding in told if finding.degraded]
     wanted = [
         _condition(READY, not found, told, ALL_NODES_READY, "All nodes answer and the DERP map is published."),
         _condition(

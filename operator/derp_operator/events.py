@@ -28,8 +28,7 @@ def transitions(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[st
         if kind == conditions.DEGRADED and after[conditions.READY]["reason"] == now["reason"]:
             continue  # the Event about Ready said it
         found.append(("Normal" if good else "Warning", now["reason"], now["message"]))
-    found += _map_events(old, new)
-    return found
+    return found + _map_events(old, new) + _rotation_events(old, new)
 
 
 _WARNINGS = frozenset(
@@ -80,6 +79,24 @@ def _map_events(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[st
         return []
     inside = [node["pod"] for node in new.get("nodes", ()) if node["inMap"]]
     return [("Normal", "MapPublished", f"ConfigMap {now['configMap']} holds the nodes {', '.join(inside)}.")]
+
+
+def _rotation_events(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    was = {node["pod"]: node.get("certName") for node in old.get("nodes", ()) if node["inMap"]}
+    renewed = [
+        node["pod"]
+        for node in new.get("nodes", ())
+        if node["inMap"] and was.get(node["pod"]) and was[node["pod"]] != node.get("certName")
+    ]
+    before, after = old.get("rotation") or {}, new.get("rotation") or {}
+    found = []
+    if renewed:
+        until = f"; the ones before are served until {after['retireAt']}" if "retireAt" in after else ""
+        text = f"The DERP map has new certificates of {', '.join(renewed)}{until}."
+        found.append(("Normal", "CertificatesRenewed", text))
+    if before and before.get("meshKey") != after.get("meshKey"):
+        found.append(("Normal", "MeshKeyRotated", "All relays use the new mesh key and accept no other."))
+    return found
 
 
 def _by_type(status: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

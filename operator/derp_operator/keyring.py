@@ -1,22 +1,26 @@
 """The region's key material, as it stands in the Secret `<region>-keys`.
 
-Created once and never silently regenerated: an entry is made only for a node that no one has heard of yet.  What is
+Created once and never silently regenerated: an entry is made for a node that no one has heard of yet, or because the
+spec asks for it (another `rotate`), or because a certificate nears its end; then beside the one before.  What is
 damaged or gone for a known node is a problem that a human must solve, because new keys mean new pins in every client's
-DERP map.  Entries of removed nodes stay, so that scaling back up gives the same pins.
+DERP map.  Server keys of removed nodes stay, and their certificates until they are to be renewed, so that scaling back
+up gives the same pins.
 
-    mesh.key                        64 hex digits: the current mesh key; further lines are accepted from peers too
-    <pod>.derper.key                the relay's private key, in stock derper's JSON
-    <pod>.g<n>.crt, .key            the certificate of generation n, for the name <pod>-g<n>.derp.internal
-    <pod>.ip-<address>.crt, .key    in mode Address: the certificate for an IP address (":" written as "_")
+    mesh.key                            64 hex digits: the current mesh key; further lines are accepted from peers too
+    rotations.json                      what has been rotated, see `Record`
+    <pod>.derper.key                    the relay's private key, in stock derper's JSON
+    <pod>.g<n>.crt, .key                the certificate of generation n, for the name <pod>-g<n>.derp.internal
+    <pod>.ip-<address>[.g<n>].crt, .key in mode Address: that for an IP address (":" as "_"), with a number from g2 on
 """
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timedelta
 from typing import Final
 
 from derper import certs
@@ -26,6 +30,9 @@ from . import names
 
 DOMAIN: Final = "derp.internal"
 _GENERATION: Final = re.compile(r"\.g([1-9][0-9]*)\.crt")
+_HOST_NAME: Final = re.compile(rf"(.+)-g([1-9][0-9]*)\.{re.escape(DOMAIN)}")
+_CERTIFICATE: Final = re.compile(r"([^.]+)\.(?:g[1-9][0-9]*|ip-.+)\.(?:crt|key)")
+_RECORD: Final = "rotations.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +42,67 @@ class Certificate:
     stem: str
     host_name: str
     pin: str
+    not_before: datetime
     not_after: datetime
+
+    def valid(self, now: datetime) -> bool:
+        return self.not_before <= now <= self.not_after
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What was made together: the certificate for mesh peers and generated names, and that for the node's address."""
+
+    number: int
+    mesh: Certificate
+    address: Certificate | None = None
+
+    @property
+    def not_after(self) -> datetime:
+        return min(item.not_after for item in (self.mesh, self.address) if item)
 
 
 @dataclass(frozen=True, slots=True)
 class NodeKeys:
-    """What a node is known by.  `mesh` is its certificate for mesh peers, `address` the one for its IP address."""
+    """What a node is known by.  `generations` are those in the Secret, the newest first; `current` is the one that
+    peers and clients have been told of.
+    """
 
     server_key: str
-    mesh: Certificate
-    older: tuple[Certificate, ...] = ()
-    address: Certificate | None = None
+    generations: tuple[Generation, ...]
+    current: Generation
+
+    @property
+    def newest(self) -> Generation:
+        return self.generations[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What others have been told of a node: the host name for its peers, and the certificates that it serves (stems;
+    None if that is not known)."""
+
+    host_name: str = ""
+    stems: frozenset[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the spec says of keys.  `certificates` and `mesh` are the two `rotate`."""
+
+    certificates: str = ""
+    mesh: str = ""
+    lifetime: timedelta = certs.YEAR
+    renew_before: timedelta = certs.YEAR / 3
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """The two `rotate` that have been begun, and the fingerprint of the mesh key on its way to be the only one."""
+
+    certificates: str = ""
+    mesh: str = ""
+    mesh_key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +120,7 @@ class KeyRing:
 
     data: Mapping[str, bytes]
     nodes: Mapping[str, NodeKeys]
+    record: Record = field(default_factory=Record)
     problems: tuple[Problem, ...] = ()
 
 
@@ -72,14 +130,14 @@ class Maker:
 
     node_key: Callable[[], str]
     mesh_key: Callable[[], str]
-    certificate: Callable[[Sequence[str], datetime], tuple[bytes, bytes]]
+    certificate: Callable[[Sequence[str], datetime, timedelta], tuple[bytes, bytes]]
 
 
 def system_maker() -> Maker:
     """Keys from the operating system's randomness."""
 
-    def certificate(hosts: Sequence[str], now: datetime) -> tuple[bytes, bytes]:
-        pair = certs.self_signed(hosts, now=now)
+    def certificate(hosts: Sequence[str], now: datetime, lifetime: timedelta) -> tuple[bytes, bytes]:
+        pair = certs.self_signed(hosts, now=now, lifetime=lifetime)
         return pair.cert_pem, pair.key_pem
 
     return Maker(
@@ -97,28 +155,92 @@ def extend(
     secret: str,
     live: Mapping[str, bytes] | None,
     pods: Sequence[str],
-    known: Collection[str],
+    known: Mapping[str, Known],
     addresses: Mapping[str, str],
     now: datetime,
     maker: Maker,
+    wishes: Wishes = Wishes(),
 ) -> KeyRing:
-    """The key ring for `pods`: what the Secret holds, and new entries for pods that are neither in it nor `known`.
+    """The key ring for `pods`: what the Secret holds, and new entries for pods that are neither in it nor `known`, or
+    that `wishes` ask for.
 
     `live` is the Secret's data, None if there is no such Secret; `known` are the pods that have been told to their
     peers or clients; `addresses` are the IP addresses that need a certificate of their own, by pod.
     """
-    ring = _Builder(secret, dict(live or {}), frozenset(known), now, maker)
+    ring = _Builder(secret, dict(live or {}), known, addresses, now, maker, wishes)
+    record = ring.record(new=not live)
     ring.mesh()
-    nodes = {pod: keys for pod in pods if (keys := ring.node(pod, addresses.get(pod)))}
-    return KeyRing(ring.data, nodes, tuple(ring.problems))
+    nodes = ring.nodes(pods)
+    if ring.asked(record, nodes) or ring.due(nodes):
+        ring.next_generation(pods, nodes)
+        record = replace(record, certificates=wishes.certificates or record.certificates)
+        nodes = ring.nodes(pods)
+    record = ring.next_mesh_key(record)
+    return KeyRing(with_record(ring.data, record), nodes, record, tuple(ring.problems))
+
+
+def with_record(data: Mapping[str, bytes], record: Record) -> dict[str, bytes]:
+    """The entries with this record; there is none as long as there is nothing to record."""
+    rest = {entry: value for entry, value in data.items() if entry != _RECORD}
+    if record == Record():
+        return rest
+    text = json.dumps({name: value for name, value in asdict(record).items() if value}, indent=2, ensure_ascii=False)
+    return rest | {_RECORD: f"{text}\n".encode()}
+
+
+def mesh_key_lines(data: Mapping[str, bytes]) -> list[str]:
+    """The mesh keys in the Secret, the current one first; none if the entry is missing or broken."""
+    lines = data.get(names.MESH_KEY, b"").decode(errors="replace").split()
+    try:
+        return [MeshKey.parse(line).secret_text() for line in lines]
+    except KeyFormatError:
+        return []
+
+
+def fingerprint(line: str) -> str:
+    """What a relay reports of the mesh key on this line."""
+    return MeshKey.parse(line).fingerprint()
+
+
+def address_stem(pod: str, address: str, generation: int) -> str:
+    """The name of the certificate for an address: that of the first generation has no number."""
+    number = f".g{generation}" if generation > 1 else ""
+    return f"{pod}.ip-{address.replace(':', '_')}{number}"
+
+
+def host_name(pod: str, generation: int) -> str:
+    """The generated host name of a node.  It changes with the certificate, never with an address."""
+    return f"{pod}-g{generation}.{DOMAIN}"
 
 
 class _Builder:
     """Collects entries and problems for one call of `extend`."""
 
-    def __init__(self, secret: str, data: dict[str, bytes], known: frozenset[str], now: datetime, maker: Maker) -> None:
-        self.secret, self.data, self.known, self.now, self.maker = secret, data, known, now, maker
+    def __init__(
+        self,
+        secret: str,
+        data: dict[str, bytes],
+        known: Mapping[str, Known],
+        addresses: Mapping[str, str],
+        now: datetime,
+        maker: Maker,
+        wishes: Wishes,
+    ) -> None:
+        self.secret, self.data, self.known, self.addresses = secret, data, known, addresses
+        self.now, self.maker, self.wishes = now, maker, wishes
         self.problems: list[Problem] = []
+
+    # -- the mesh key, and what has been rotated
+
+    def record(self, *, new: bool) -> Record:
+        """What has been rotated; a new Secret has all that the spec asks for."""
+        if new:
+            return Record(self.wishes.certificates, self.wishes.mesh)
+        try:
+            fields = json.loads(self.data.get(_RECORD, b"{}"))
+            return Record(**{name: str(fields[name]) for name in asdict(Record()) if name in fields})
+        except (ValueError, TypeError):
+            return Record()  # at worst, something is rotated once more
 
     def mesh(self) -> None:
         text = self.data.get(names.MESH_KEY)
@@ -138,20 +260,76 @@ class _Builder:
                 self._damaged(names.MESH_KEY, None, f"line {number}: {error}")
                 return
 
-    def node(self, pod: str, address: str | None) -> NodeKeys | None:
-        generations = self._generations(pod)
-        entries = [f"{pod}.derper.key"] + [f"{pod}.g{number}.{end}" for number in generations for end in ("crt", "key")]
+    def next_mesh_key(self, record: Record) -> Record:
+        """If the spec asks for another mesh key, and none is on its way: accept a new one besides."""
+        lines = mesh_key_lines(self.data)
+        if not self.wishes.mesh or self.wishes.mesh == record.mesh or record.mesh_key or not lines:
+            return record
+        new = self.maker.mesh_key().strip()
+        self.data[names.MESH_KEY] = "".join(f"{line}\n" for line in (lines[0], new, *lines[1:])).encode()
+        return replace(record, mesh=self.wishes.mesh, mesh_key=fingerprint(new))
+
+    # -- new generations
+
+    def asked(self, record: Record, nodes: Mapping[str, NodeKeys]) -> bool:
+        """Whether the spec asks for new certificates, and those of the last time are in use."""
+        wish = self.wishes.certificates
+        return bool(wish) and wish != record.certificates and not self.problems and not _underway(nodes)
+
+    def due(self, nodes: Mapping[str, NodeKeys]) -> bool:
+        """Whether a certificate nears its end.
+
+        While the next one is on its way there is nothing to renew, unless that is of no use, because it was so for too
+        long, or was made by a clock that was wrong.
+        """
+        if any(keys.newest.not_after < self.now for keys in nodes.values()):
+            return True
+        if any(keys.newest != keys.current and not keys.newest.mesh.valid(self.now) for keys in nodes.values()):
+            return True
+        near = any(keys.newest.not_after - self.wishes.renew_before <= self.now for keys in nodes.values())
+        return near and not _underway(nodes)
+
+    def next_generation(self, pods: Sequence[str], nodes: Mapping[str, NodeKeys]) -> None:
+        """One more for all: any change of the map makes all clients reconnect, and so all are due together again.
+
+        Nobody has certificates of pods that are not there in use: those go.  They get new ones when they come back.
+        """
+        for pod, keys in nodes.items():
+            self._make_generation(pod, keys.newest.number + 1)
+        self._forget({match[1] for entry in self.data if (match := _CERTIFICATE.fullmatch(entry))} - set(pods))
+
+    def _make_generation(self, pod: str, number: int) -> None:
+        self._make_certificate(f"{pod}.g{number}", host_name(pod, number))
+        if address := self.addresses.get(pod):
+            self._make_certificate(address_stem(pod, address, number), address)
+
+    def _make_certificate(self, stem: str, host: str) -> None:
+        made = self.maker.certificate([host], self.now, self.wishes.lifetime)
+        self.data[f"{stem}.crt"], self.data[f"{stem}.key"] = made
+
+    # -- the nodes
+
+    def nodes(self, pods: Sequence[str]) -> dict[str, NodeKeys]:
+        self.problems = [problem for problem in self.problems if problem.pod is None]
+        return {pod: keys for pod in pods if (keys := self.node(pod))}
+
+    def node(self, pod: str) -> NodeKeys | None:
+        known = self.known.get(pod)
+        numbers = self._generations(pod)
+        expected = {*(numbers or [1]), *_told(pod, known)}
+        entries = [f"{pod}.derper.key", *(f"{pod}.g{n}.{end}" for n in sorted(expected) for end in ("crt", "key"))]
         missing = [entry for entry in entries if entry not in self.data]
-        if missing and (pod in self.known or len(missing) < len(entries)):
+        certificates = any(entry in self.data for entry in entries[1:])
+        if missing and (known is not None or certificates):
             for entry in missing:
                 self._lost(entry, pod)
             return None
         if missing:
-            self._create(pod)
+            self.data.setdefault(f"{pod}.derper.key", self.maker.node_key().encode())
+            self._make_generation(pod, 1)
+            numbers = [1]
         try:
-            own = [self._certificate(f"{pod}.g{number}", host_name(pod, number)) for number in reversed(generations)]
-            at = self._address(pod, address) if address else None
-            return NodeKeys(self._server_key(pod), own[0], tuple(own[1:]), at)
+            return self._read(pod, known, numbers)
         except _Damaged as damage:
             entry, reason = damage.args
             self._damaged(entry, pod, reason)
@@ -159,20 +337,43 @@ class _Builder:
 
     def _generations(self, pod: str) -> list[int]:
         matches = (_GENERATION.fullmatch(entry.removeprefix(pod)) for entry in self.data if entry.startswith(pod + "."))
-        return sorted(int(match[1]) for match in matches if match) or [1]
+        return sorted((int(match[1]) for match in matches if match), reverse=True)
 
-    def _create(self, pod: str) -> None:
-        self.data[f"{pod}.derper.key"] = self.maker.node_key().encode()
-        self._make_certificate(f"{pod}.g1", host_name(pod, 1))
+    def _read(self, pod: str, known: Known | None, numbers: Sequence[int]) -> NodeKeys:
+        meshes = {number: self._certificate(f"{pod}.g{number}", host_name(pod, number)) for number in numbers}
+        current = next((number for number in _told(pod, known) if number in meshes), numbers[0])
+        generations = {
+            number: Generation(number, item, self._address(pod, number, needed=number in (current, numbers[0])))
+            for number, item in meshes.items()
+        }
+        keys = NodeKeys(self._server_key(pod), tuple(generations.values()), generations[current])
+        if known is None and keys.newest.not_after - self.wishes.renew_before <= self.now:
+            self._forget({pod})  # nobody has it in use
+            self._make_generation(pod, numbers[0] + 1)
+            return self._read(pod, None, [numbers[0] + 1])
+        return keys
 
-    def _make_certificate(self, stem: str, host: str) -> None:
-        self.data[f"{stem}.crt"], self.data[f"{stem}.key"] = self.maker.certificate([host], self.now)
-
-    def _address(self, pod: str, address: str) -> Certificate:
-        stem = f"{pod}.ip-{address.replace(':', '_')}"
+    def _address(self, pod: str, generation: int, *, needed: bool) -> Certificate | None:
+        address = self.addresses.get(pod)
+        if not address:
+            return None
+        stem = address_stem(pod, address, generation)
         if f"{stem}.crt" not in self.data and f"{stem}.key" not in self.data:
+            if not needed:
+                return None
+            if stem in self._listed(pod):
+                raise _Damaged(f"{stem}.crt", "it is missing")
             self._make_certificate(stem, address)
         return self._certificate(stem, address)
+
+    def _listed(self, pod: str) -> Set[str]:
+        known = self.known.get(pod)
+        return (known and known.stems) or frozenset()
+
+    def _forget(self, pods: Set[str]) -> None:
+        for entry in list(self.data):
+            if (match := _CERTIFICATE.fullmatch(entry)) and match[1] in pods:
+                del self.data[entry]
 
     def _server_key(self, pod: str) -> str:
         entry = f"{pod}.derper.key"
@@ -182,16 +383,17 @@ class _Builder:
             raise _Damaged(entry, str(error)) from None
 
     def _certificate(self, stem: str, host: str) -> Certificate:
+        """Its time is not looked at: one that has expired is renewed."""
         for end in ("crt", "key"):
             if f"{stem}.{end}" not in self.data:
                 raise _Damaged(f"{stem}.{end}", "it is missing")
         cert, key = f"{stem}.crt", f"{stem}.key"
         try:
             leaf = certs.load_pair(self.data[cert], self.data[key], cert=cert, key=key).leaf
-            certs.check(leaf, now=self.now, name=host, source="the certificate")
+            certs.check(leaf, now=leaf.not_valid_before_utc, name=host, source="the certificate")
         except certs.CertificateError as error:
             raise _Damaged(cert, str(error)) from None
-        return Certificate(stem, host, certs.pin(leaf), leaf.not_valid_after_utc)
+        return Certificate(stem, host, certs.pin(leaf), leaf.not_valid_before_utc, leaf.not_valid_after_utc)
 
     def _lost(self, entry: str, pod: str | None) -> None:
         region = self.secret.removesuffix("-keys")
@@ -208,6 +410,12 @@ class _Builder:
         )
 
 
-def host_name(pod: str, generation: int) -> str:
-    """The generated host name of a node.  It changes with the certificate, never with an address."""
-    return f"{pod}-g{generation}.{DOMAIN}"
+def _told(pod: str, known: Known | None) -> list[int]:
+    """The generation that others have been told of, if it is one of ours."""
+    match = _HOST_NAME.fullmatch(known.host_name) if known else None
+    return [int(match[2])] if match and match[1] == pod else []
+
+
+def _underway(nodes: Mapping[str, NodeKeys]) -> bool:
+    """Whether a generation has been made that peers and clients have not been told of."""
+    return any(keys.newest != keys.current for keys in nodes.values())

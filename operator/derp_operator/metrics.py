@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
 
 _PREFIX = "derp_operator_"
 
@@ -17,6 +19,16 @@ class Metrics:
     writes: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     gauges: dict[str, tuple[str, Callable[[], float]]] = field(default_factory=dict)
+    expiries: dict[tuple[str, str], Mapping[str, float]] = field(default_factory=dict)
+
+    def note(self, namespace: str, region: str, status: Mapping[str, Any] | None) -> None:
+        """What a region's status says of its certificates; None if the region has gone."""
+        if status is None:
+            self.expiries.pop((namespace, region), None)
+            return
+        nodes = {item["pod"]: item["certNotAfter"] for item in status.get("nodes", ()) if "certNotAfter" in item}
+        times = {pod: datetime.fromisoformat(end).timestamp() for pod, end in nodes.items()}
+        self.expiries[namespace, region] = times
 
     def render(self) -> str:
         """The text that Prometheus scrapes."""
@@ -30,6 +42,11 @@ class Metrics:
         ]
         for name, (text, read) in sorted(self.gauges.items()):
             lines += [f"# HELP {_PREFIX}{name} {text}", f"# TYPE {_PREFIX}{name} gauge", f"{_PREFIX}{name} {read():g}"]
+        name = f"{_PREFIX}certificate_expiry_seconds"
+        lines += [f"# HELP {name} When the certificate of a node expires, in Unix time.", f"# TYPE {name} gauge"]
+        for (namespace, region), nodes in sorted(self.expiries.items()):
+            for node, end in sorted(nodes.items()):
+                lines.append(f'{name}{{namespace="{namespace}",region="{region}",node="{node}"}} {end:.0f}')
         return "\n".join(lines) + "\n"
 
 

@@ -15,6 +15,8 @@ REGION_LABEL: Final = "derp.network/region"
 NODE_LABEL: Final = "derp.network/node"
 MANAGED_BY_LABEL: Final = "app.kubernetes.io/managed-by"
 CONFIG_HASH: Final = "derp.network/config-hash"
+CONFIG_SINCE: Final = "derp.network/config-since"
+PINNED_SINCE: Final = "derp.network/pinned-since"
 
 DERP_PORT: Final = 8443
 STUN_PORT: Final = 3478

@@ -8,6 +8,7 @@ import binascii
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Final
 
 from . import names
@@ -57,6 +58,14 @@ class Seen:
         owner = self.live.get(("StatefulSet", region.name), {})
         newest = owner.get("status", {}).get("updateRevision")
         return {name for name in region.pods if newest and _revision(self.pods.get(name), newest) != newest}
+
+    def pinned_since(self, region: Region) -> datetime | None:
+        """When the pins in the map were published, None if that is not known."""
+        item = self.live.get(("ConfigMap", names.derp_map(region.name)))
+        try:
+            return datetime.fromisoformat(item["metadata"]["annotations"][names.PINNED_SINCE]) if item else None
+        except (KeyError, TypeError, ValueError):
+            return None
 
     def data(self, kind: str, name: str) -> dict[str, bytes] | None:
         """The content of a child, None if it does not exist."""

@@ -27,13 +27,26 @@ _MAX_STATUS: Final = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A relay to ask.  `host_name` and `pin` are those of its entry in the map; `pin` is empty for a public CA."""
+    """A relay to ask.  `host_name` and `pin` are those of its entry in the map; `pin` is empty for a public CA.
+
+    `also` are further names that it may answer to; `earlier` are pins that are no fault: it may still read its files.
+    """
 
     pod: str
     ip: str
     host_name: str
     pin: str
     sni: bool = True
+    also: tuple[str, ...] = ()
+    earlier: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class ReportedKeys:
+    """Fingerprints of the mesh keys that a relay presents and accepts; nothing if it does not say."""
+
+    current: str = ""
+    accepted: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +54,8 @@ class Answer:
     """What a relay said.  `faults` is empty if TLS, STUN and the report are in order; `mesh` are its links by pod.
 
     `settings` is the hash (SHA-256 in hex) of the settings that it runs with, empty if it does not say; `clients` is
-    how many are connected.
+    how many are connected.  `shown` are the pins that TLS showed, by host name; `certificates` the pins of all that it
+    serves, as it says.
     """
 
     faults: tuple[str, ...] = ()
@@ -49,48 +63,67 @@ class Answer:
     reasons: tuple[str, ...] = ()
     settings: str = ""
     clients: int = 0
+    shown: Mapping[str, str] = field(default_factory=dict)
+    certificates: frozenset[str] = frozenset()
+    mesh_keys: ReportedKeys = ReportedKeys()
 
 
 Prober = Callable[[Target], Awaitable[Answer]]
 
 
 async def ask(target: Target) -> Answer:
-    """Ask one relay, all three ways at once."""
-    tls, udp, (fault, report) = await asyncio.gather(_tls_fault(target), _stun_fault(target), _report(target))
-    mesh = {peer: bool(link.get("connected")) for peer, link in (report.get("mesh") or {}).items()}
-    faults = tuple(text for text in (tls, udp, fault) if text)
-    reasons = tuple(str(reason) for reason in report.get("reasons") or ())
-    clients = report.get("clients")
-    return Answer(faults, mesh, reasons, str(report.get("settings") or ""), clients if isinstance(clients, int) else 0)
+    """Ask one relay, all ways at once."""
+    hosts = (target.host_name, *(name for name in target.also if name != target.host_name))
+    leaves, udp, (fault, report) = await asyncio.gather(
+        asyncio.gather(*(_leaf(target.ip, host if target.sni or host in target.also else "") for host in hosts)),
+        _stun_fault(target),
+        _report(target),
+    )
+    shown = {host: _pin(leaf) for host, leaf in zip(hosts, leaves, strict=True) if isinstance(leaf, bytes)}
+    tls = leaves[0] if isinstance(leaves[0], str) else certificate_fault(target, leaves[0])
+    return Answer(tuple(text for text in (tls, udp, fault) if text), shown=shown, **_said(report))
 
 
-async def _tls_fault(target: Target) -> str | None:
+def _said(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What a relay says of itself.  It may be of an older release, or say nothing."""
+    keys, clients = report.get("meshKeys") or {}, report.get("clients")
+    return {
+        "mesh": {peer: bool(link.get("connected")) for peer, link in (report.get("mesh") or {}).items()},
+        "reasons": tuple(str(reason) for reason in report.get("reasons") or ()),
+        "settings": str(report.get("settings") or ""),
+        "clients": clients if isinstance(clients, int) else 0,
+        "certificates": frozenset(str(item.get("certName")) for item in report.get("certificates") or ()),
+        "mesh_keys": ReportedKeys(str(keys.get("current") or ""), frozenset(keys.get("accepted") or ())),
+    }
+
+
+async def _leaf(ip: str, server_name: str) -> bytes | str:
+    """The certificate (DER) that a relay shows to who asks for this name, none if it is empty; or what is wrong."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE  # the pin below says more than any authority
+    context.verify_mode = ssl.CERT_NONE  # the pin says more than any authority
     try:
         async with asyncio.timeout(TIMEOUT):
-            _, writer = await asyncio.open_connection(
-                target.ip, names.DERP_PORT, ssl=context, server_hostname=target.host_name if target.sni else ""
-            )
+            _, writer = await asyncio.open_connection(ip, names.DERP_PORT, ssl=context, server_hostname=server_name)
     except TimeoutError:
         return f"TLS on port {names.DERP_PORT} does not answer"
     except (OSError, ssl.SSLError) as error:
         return f"TLS on port {names.DERP_PORT} fails ({_short(error)})"
     try:
-        leaf = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        return writer.get_extra_info("ssl_object").getpeercert(binary_form=True) or b""
     finally:
         writer.transport.abort()
-    return certificate_fault(target, leaf or b"")
+
+
+def _pin(leaf: bytes) -> str:
+    return f"{certs.PIN_PREFIX}{hashlib.sha256(leaf).hexdigest()}"
 
 
 def certificate_fault(target: Target, leaf: bytes) -> str | None:
     """What is wrong with the certificate (DER) that a relay presented, or None."""
-    shown = f"sha256-raw:{hashlib.sha256(leaf).hexdigest()}"
     if target.pin:
-        return (
-            None if shown == target.pin else f"TLS shows another certificate for {target.host_name} than the pinned one"
-        )
+        fits = _pin(leaf) in {target.pin, *target.earlier}
+        return None if fits else f"TLS shows another certificate for {target.host_name} than the pinned one"
     try:
         certificate = x509.load_der_x509_certificate(leaf)
     except ValueError:

@@ -14,16 +14,18 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from derper.derpmap import DERPMap
+
 from . import events, names
 from .apply import REFUSALS, Applied, apply, identity, pending, prune, taken
-from .conditions import READY, Finding
+from .conditions import READY, Finding, timestamp
 from .departures import departures, refusal, replicas
 from .keyring import Maker
 from .kube import ApiError, Cluster, Object
 from .observe import Seen, answers, look
-from .plan import Plan, plan, published_map
+from .plan import Plan, plan, prepare, published_map
 from .probe import Prober
-from .publish import publish
+from .publish import nodes_of, pinned_since, publish
 from .render import Inputs, children, config_hash, identities, map_identities
 from .resolve import Resolver
 from .spec import InvalidSpec, Region, parse
@@ -40,7 +42,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Reconciler:
-    """What a pass needs from outside.  `image` is the relay's, for regions that name none; `now` gives UTC."""
+    """What a pass needs from outside.  `image` is the relay's, for regions that name none; `now` gives UTC; `told` is
+    called with namespace, name and status of each region that was looked at, None for one that has gone.
+    """
 
     cluster: Cluster
     prober: Prober
@@ -48,6 +52,7 @@ class Reconciler:
     maker: Maker
     image: str
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    told: Callable[[str, str, Status | None], None] = lambda *_: None
 
     async def reconcile(self, namespace: str, name: str) -> float | None:
         """Bring one region closer to its spec.
@@ -57,6 +62,7 @@ class Reconciler:
         """
         resource = await self.cluster.get(names.KIND, namespace, name)
         if resource is None or resource["metadata"].get("deletionTimestamp"):
+            self.told(namespace, name, None)
             return None  # the garbage collector takes the children
         try:
             region = parse(resource)
@@ -74,13 +80,13 @@ class Reconciler:
         foreign = taken(region, wanted, seen.live)
         if foreign:
             return blocked(foreign, region.generation, previous, self.now())
-        planned = plan(region, seen, self.now(), self.maker)
-        replies = await answers(self.prober, [node.target for node in planned.nodes if node.target])
+        draft = prepare(region, seen, self.now(), self.maker)
+        replies = await answers(self.prober, draft.targets)
+        planned = plan(draft, replies, self.now())
         nodes = health(planned, seen, replies, self.now())
         derpmap = publish(region, planned.published, [item.candidate for item in nodes])
         count = replicas(region, seen, previous.get("map") or {}, self.now())
-        made = Inputs(self.image, planned.members, planned.ring.data, planned.settings, derpmap, count)
-        manifests = children(region, made)
+        manifests = children(region, self._inputs(region, seen, planned, derpmap, count))
         refused: Sequence[Finding] = ()
         if region.paused:
             refused = paused(pending(region, manifests, seen.live) if _writable(planned) else ())
@@ -95,7 +101,11 @@ class Reconciler:
             refused = [*refused, *await self._evict(region, leaving.now)]
         stands = published_map(region, seen)
         found = findings(region, planned, seen, nodes, stands, refused, leaving.findings)
-        return status(region, seen, nodes, stands, found, previous, self.now())
+        return status(region, seen, nodes, planned, stands, found, previous, self.now())
+
+    def _inputs(self, region: Region, seen: Seen, planned: Plan, derpmap: DERPMap | None, count: int) -> Inputs:
+        since = pinned_since(planned.published, nodes_of(region, derpmap), seen.pinned_since(region), self.now())
+        return Inputs(self.image, planned.members, planned.keys, planned.settings, derpmap, count, since)
 
     async def _change(self, region: Region, seen: Seen, manifests: Sequence[Object]) -> Applied:
         applied = await apply(self.cluster, region, manifests, seen.live)
@@ -126,7 +136,8 @@ class Reconciler:
             if item["metadata"].get("annotations", {}).get(names.CONFIG_HASH) != digest
             and not item["metadata"].get("deletionTimestamp")
         ]
-        patch = {"metadata": {"annotations": {names.CONFIG_HASH: digest}}}
+        since = timestamp(self.now())
+        patch = {"metadata": {"annotations": {names.CONFIG_HASH: digest, names.CONFIG_SINCE: since}}}
         await asyncio.gather(*(self._touch_one(region, pod, patch) for pod in stale))
 
     async def _touch_one(self, region: Region, pod: str, patch: Object) -> None:
@@ -140,10 +151,10 @@ class Reconciler:
 
     async def _write(self, resource: Object, new: Status) -> None:
         """Write the status if it differs, then tell the transitions.  The status is the record of what was told."""
-        old = _status(resource)
+        old, meta = _status(resource), resource["metadata"]
+        self.told(meta["namespace"], meta["name"], new)
         if new == old:
             return
-        meta = resource["metadata"]
         manifest = {
             "apiVersion": resource["apiVersion"],
             "kind": resource["kind"],
@@ -163,7 +174,9 @@ class Reconciler:
         conditions = {item["type"]: item for item in new["conditions"]}
         ready = conditions[READY]
         if ready["status"] == "True":
-            return RESYNC
+            rotation = new.get("rotation") or {}
+            due = (datetime.fromisoformat(rotation[name]) for name in ("renewAt", "retireAt") if name in rotation)
+            return min([RESYNC, *(left for when in due if (left := (when - self.now()).total_seconds()) > 0)])
         since = (self.now() - datetime.fromisoformat(ready["lastTransitionTime"])).total_seconds()
         return SOON if conditions["Progressing"]["status"] == "True" and since < _PATIENCE else LATER
 

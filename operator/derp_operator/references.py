@@ -24,6 +24,7 @@ class HostName:
 
     name: str
     pin: str
+    not_before: datetime
     not_after: datetime
 
 
@@ -65,7 +66,7 @@ def host_names(region: Region, secrets: Mapping[str, Data], now: datetime) -> tu
         host = region.host_name(pod)
         match = next((leaf for leaf in leaves.values() if certs.matches(leaf, host)), None)
         if match:
-            found[pod] = HostName(host, _pin(region, match), match.not_valid_after_utc)
+            found[pod] = HostName(host, _pin(region, match), match.not_valid_before_utc, match.not_valid_after_utc)
         else:
             uncovered.append(host)
     if uncovered and leaves:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from derper.derpmap import DERPMap
+from derper.derpmap import DERPMap, DERPNode
 
 from . import conditions, names
 from .apply import Identity
@@ -17,11 +17,14 @@ from .layout import region_id
 from .observe import Seen, is_ready
 from .plan import Node, Plan
 from .probe import Answer
-from .publish import Candidate, nodes_of
+from .publish import Candidate, identity, nodes_of
 from .spec import Region
 
 YOUNG: Final = timedelta(seconds=60)
 """How long a new pod may take before others stop waiting for it."""
+
+READING: Final = timedelta(seconds=15)
+"""How long a relay may take to read new files before others stop waiting for it."""
 
 Status = dict[str, Any]
 _BAD_WAITS: Final = frozenset(
@@ -34,7 +37,8 @@ _BAD_WAITS: Final = frozenset(
 class Health:
     """One wanted node as it is: its links to the other nodes, and why it is not fine (None: it is).
 
-    `settings` is the hash of those that it runs with, empty if not known; `clients` are those connected.
+    `settings` is the hash of those that it runs with, empty if not known; `clients` are those connected.  `shown`: it
+    has the certificate of its entry in the map.  `told`: it has been told of new files a moment ago.
     """
 
     node: Node
@@ -45,13 +49,21 @@ class Health:
     finding: Finding | None
     settings: str
     clients: int
+    shown: bool = False
+    told: bool = False
 
     @property
     def candidate(self) -> Candidate:
-        entry, asked = self.node.entry, self.node.target
-        same = entry and asked and (entry.host_name, entry.cert_name) == (asked.host_name, asked.pin)
-        fine = self.finding is None and bool(same)
-        return Candidate(self.node.name, entry, answers=fine, arriving=not fine and self.young)
+        fine = self.finding is None and self.node.entry is not None and self.shown
+        return Candidate(
+            self.node.name,
+            self.node.entry,
+            answers=fine,
+            arriving=not fine and self.young,
+            shows=self.shown,
+            late=not self.shown and self.ready and self.told,
+            away=not self.ready,
+        )
 
 
 def health(plan: Plan, seen: Seen, answers: Mapping[str, Answer], now: datetime) -> list[Health]:
@@ -79,7 +91,20 @@ def _health(
         finding=_finding(node, pod, answer, missing, degraded=worked),
         settings=answer.settings if answer else "",
         clients=answer.clients if answer else 0,
+        shown=answer is not None and _shows(answer, node),
+        told=pod is not None and _told(pod, now),
     )
+
+
+def _shows(answer: Answer, node: Node) -> bool:
+    """Whether a relay has shown the certificate of its entry in the map; one of an authority is no matter of pins."""
+    host = node.host
+    return host is not None and host.name in answer.shown and host.pin in ("", answer.shown[host.name])
+
+
+def _told(pod: Mapping[str, Any], now: datetime) -> bool:
+    since = pod["metadata"].get("annotations", {}).get(names.CONFIG_SINCE)
+    return since is not None and now - datetime.fromisoformat(since) < READING
 
 
 def _finding(
@@ -164,13 +189,18 @@ def findings(
     found.sort(key=lambda finding: (not finding.blocked, not finding.degraded))
     inside = nodes_of(region, derpmap)
     outside = [item.node.pod for item in judged if item.node.name not in inside]
+    former = [item.node.pod for item in judged if item.node.name in inside and _is_former(inside[item.node.name], item)]
+    if former and not found:
+        text = f"The DERP map will follow when these relays serve their new certificates: {', '.join(former)}."
+        found.append(Finding(conditions.MAP_PENDING, text))
     if outside and not found:
         waits = f"Node {', '.join(outside)} will enter the DERP map" if inside else "The DERP map will be published"
         found.append(Finding(conditions.MAP_PENDING, f"{waits} at the next look."))
     leftover = [pod for pod in plan.members if pod not in region.pods]
     if leftover:
         found.append(Finding(conditions.SCALING_DOWN, _leaving(region, seen, leftover)))
-    return [*found, *_outdated(region, seen, judged), *going]
+    notes = _expiring(region, judged, plan.relays.now)
+    return [*found, *_outdated(region, seen, judged), *going, *notes]
 
 
 def _leaving(region: Region, seen: Seen, pods: Sequence[str]) -> str:
@@ -187,6 +217,33 @@ def behind(region: Region, seen: Seen, nodes: Iterable[Health]) -> list[str]:
     return [item.node.pod for item in nodes if item.settings not in ("", current)]
 
 
+def _is_former(published: DERPNode, item: Health) -> bool:
+    wanted = item.node.entry
+    return wanted is not None and identity(published) != identity(wanted)
+
+
+def _expiring(region: Region, nodes: Iterable[Health], now: datetime) -> list[Finding]:
+    """Certificates for clients that should have been renewed by now: half of the time for that is over."""
+    own = region.tls.host_name != "Template"
+    ends: dict[datetime, list[str]] = {}
+    for host, pod in ((item.node.host, item.node.pod) for item in nodes):
+        if host is None:
+            continue
+        margin = region.tls.renew_before / 2 if own else (host.not_after - host.not_before) / 6
+        if host.not_after - now < margin:
+            ends.setdefault(host.not_after, []).append(pod)
+    advice = "what is in the way of a new one is said besides" if own else "renew it in its Secret, which is read again"
+    return [
+        Finding(
+            conditions.CERTIFICATE_EXPIRING,
+            f"The certificate of {', '.join(pods)} expires on {timestamp(end)}: {advice}.",
+            degraded=True,
+            note=True,
+        )
+        for end, pods in sorted(ends.items())
+    ]
+
+
 def _outdated(region: Region, seen: Seen, nodes: Iterable[Health]) -> list[Finding]:
     """Who may connect, and how fast, is as the spec says only when the relays have read it."""
     late = behind(region, seen, nodes)
@@ -200,6 +257,7 @@ def status(
     region: Region,
     seen: Seen,
     nodes: Sequence[Health],
+    plan: Plan,
     derpmap: DERPMap | None,
     found: Iterable[Finding],
     previous: Mapping[str, Any],
@@ -216,9 +274,12 @@ def status(
         "nodes": [_node_status(region, item, inside) for item in nodes],
         "conditions": conditions.conditions(found, region.generation, previous.get("conditions", ()), now),
     }
-    expiries = [item.node.not_after for item in nodes if item.node.not_after]
+    expiries = [item.node.host.not_after for item in nodes if item.node.host]
     if expiries:
         result["certNotAfter"] = timestamp(min(expiries))
+    rotation = _rotation(region, plan, derpmap, previous.get("rotation") or {})
+    if rotation:
+        result["rotation"] = rotation
     if derpmap:
         result["map"] = _map_status(region, seen, derpmap, previous.get("map") or {}, now)
     return result
@@ -266,11 +327,28 @@ def _node_status(region: Region, item: Health, inside: Mapping[str, Any]) -> dic
             "derpPort": shown.derp_port,
             "stunPort": shown.stun_port,
         }
-    if node.not_after:
-        result["certNotAfter"] = timestamp(node.not_after)
+    if node.host:
+        result["certNotAfter"] = timestamp(node.host.not_after)
     if item.finding:
         result["message"] = item.finding.message
     return result
+
+
+def _rotation(region: Region, plan: Plan, derpmap: DERPMap | None, previous: Mapping[str, Any]) -> dict[str, Any]:
+    """What has been rotated to the end, and when what comes next is due."""
+    inside = nodes_of(region, derpmap)
+    wanted = {node.name: node.entry for node in plan.nodes if node.entry and node.name in inside}
+    spread = all(identity(inside[name]) == identity(entry) for name, entry in wanted.items())
+    found = {
+        "certificates": (plan.rotated.certificates if spread else "") or previous.get("certificates"),
+        "meshKey": plan.rotated.mesh or previous.get("meshKey"),
+    }
+    ends = [keys.newest.not_after for keys in plan.ring.nodes.values()]
+    if ends:
+        found["renewAt"] = timestamp(min(ends) - region.tls.renew_before)
+    if plan.turn.retire_at:
+        found["retireAt"] = timestamp(plan.turn.retire_at)
+    return {name: value for name, value in found.items() if value}
 
 
 def _map_status(

@@ -57,12 +57,12 @@ def test_defaults(api: ControlPlane) -> None:
         "paused": False,
         "imagePullPolicy": "IfNotPresent",
         "exposure": {"type": "LoadBalancer"},
-        "tls": {"hostName": "Generated", "pin": "Auto"},
+        "tls": {"hostName": "Generated", "pin": "Auto", "lifetime": "8760h", "retireAfter": "24h"},
         "clients": {"open": True, "failOpen": False},
     }
     hosted = created(api, region(exposure={"type": "HostPort", "hostPort": {}}, tls={}))
     assert hosted["spec"]["exposure"]["hostPort"] == {"addressType": "Auto", "derpPort": 443, "stunPort": 3478}
-    assert hosted["spec"]["tls"] == {"hostName": "Generated", "pin": "Auto"}
+    assert hosted["spec"]["tls"] == {"hostName": "Generated", "pin": "Auto", "lifetime": "8760h", "retireAfter": "24h"}
 
 
 NODE_AFFINITY = {

@@ -18,7 +18,7 @@ from .world import Recorder, World, condition, world
 SPEC: dict[str, Any] = {"exposure": {"type": "ClusterIP"}}
 VOLATILE = {
     "uid", "resourceVersion", "creationTimestamp", "managedFields", "generation", "namespace", "clusterIP",
-    "clusterIPs", "nodePort", "status",
+    "clusterIPs", "nodePort", "status", names.PINNED_SINCE,
 }  # fmt: skip
 FAULTS = [(500, False), (0, True)]
 

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -22,6 +22,8 @@ from derp_operator.probe import Answer, Target
 from derp_operator.reconcile import Reconciler
 from derp_operator.resolve import Resolution
 
+from tests.files import Files
+
 from .controlplane import ControlPlane
 
 _numbers = itertools.count(1)
@@ -30,9 +32,16 @@ HANG = 40
 
 
 class Relays:
-    """What relays would answer.  All is well but for what a test breaks."""
+    """What relays would answer.  All is well but for what a test breaks.
 
-    def __init__(self) -> None:
+    With `reading`, they serve what `World.play` has given them to read, but for those that are `stuck`.
+    """
+
+    def __init__(self, now: Callable[[], datetime]) -> None:
+        self.now = now
+        self.reading = False
+        self.stuck: set[str] = set()
+        self.files: dict[str, Files] = {}
         self.faults: dict[str, str] = {}
         self.asked: dict[str, Target] = {}
         self.known: set[str] = set()
@@ -42,7 +51,12 @@ class Relays:
         self.asked[target.pod] = target
         fault = self.faults.get(target.pod)
         peers = self.known - {target.pod} - set(self.faults)
-        return Answer((fault,)) if fault else Answer(mesh=dict.fromkeys(peers, True), settings=self.settings)
+        if fault:
+            return Answer((fault,))
+        if target.pod in self.files:
+            return self.files[target.pod].answer(target, peers, self.now())
+        shown = {target.host_name: target.pin}
+        return Answer(mesh=dict.fromkeys(peers, True), settings=self.settings, shown=shown)
 
 
 class World:
@@ -50,7 +64,7 @@ class World:
 
     def __init__(self, kube: Kube, namespace: str, name: str = "berlin") -> None:
         self.kube, self.namespace, self.name = kube, namespace, name
-        self.relays = Relays()
+        self.relays = Relays(self.now)
         self.dns: dict[str, Resolution] = {}
         self.bad_images: set[str] = set()
         self.writes: Counter[str] = Counter()
@@ -99,6 +113,8 @@ class World:
         owner = await self.kube.get("StatefulSet", self.namespace, self.name)
         if owner is None:
             return False
+        if self.relays.reading:
+            await self.read_files()
         pods = {pod["metadata"]["name"]: pod for pod in await self.pods()}
         wanted = {names.pod_name(self.name, number) for number in range(owner["spec"]["replicas"])}
         leaving = {name for name, pod in pods.items() if name not in wanted or "deletionTimestamp" in pod["metadata"]}
@@ -109,6 +125,14 @@ class World:
         moved = bool(leaving) or not wanted <= set(pods)
         moved |= await self._status("StatefulSet", owner, await self._statefulset_status(owner))
         return await self._play_budget() or moved
+
+    async def read_files(self) -> None:
+        """The kubelets bring the files up to date, and the relays read them."""
+        text = (await self.data("ConfigMap", names.settings_map(self.name)))[names.SETTINGS_FILE].decode()
+        found = Files(await self.data("Secret", names.keys_secret(self.name)), text)
+        for pod in await self.pods():
+            if pod["metadata"]["name"] not in self.relays.stuck:
+                self.relays.files[pod["metadata"]["name"]] = found
 
     async def start(self, owner: Object, pod: str) -> None:
         """A pod that runs and is ready, but for a bad image."""

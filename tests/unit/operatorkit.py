@@ -30,7 +30,7 @@ def region(name: str = "berlin", **spec: Any) -> Region:
 
 
 def ring(pods: tuple[str, ...], live: dict[str, bytes] | None = None, maker: Maker | None = None) -> KeyRing:
-    return extend("berlin-keys", live, pods, set(), {}, NOW, maker or system_maker())
+    return extend("berlin-keys", live, pods, {}, {}, NOW, maker or system_maker())
 
 
 def manifests(wanted: Region, image: str = "derper:1", members: tuple[str, ...] | None = None) -> list[Object]:

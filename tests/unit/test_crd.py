@@ -137,6 +137,7 @@ WHOLE: dict[str, Any] = {
     "tls": {"hostName": "Template", "hostNameTemplate": "{pod}.example.com", "certificates": [{"secretName": "a"}]},
     "imagePullSecrets": [{"name": "a"}],
     "rebalance": {"clientsPerMinute": 60},
+    "mesh": {"rotate": "a"},
     "limits": {"acceptBurst": 0},
     "map": {"latitude": 1, "consumers": [{"name": "a"}]},
     "pod": {"labels": {}, "env": [{"name": "A", "value": "b"}]},

@@ -56,7 +56,7 @@ class Scene:
         found = self.pods.get(pod)
         ready = found is not None and is_ready(found)
         finding = None if ready and pod not in self.ill else ILL
-        node = Node(pod, pod, None, None, None)
+        node = Node(pod, pod, None, None)
         return Health(node, 2, 2, ready, False, finding, self.settings[pod], self.clients[pod])
 
 

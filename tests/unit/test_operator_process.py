@@ -76,6 +76,16 @@ def test_metrics_are_prometheus_text() -> None:
     assert all(line.startswith(("#", "derp_operator_")) for line in lines)
 
 
+def test_certificates_that_end_are_in_the_metrics() -> None:
+    metrics = Metrics()
+    nodes = [{"pod": "berlin-0", "certNotAfter": "2027-11-22T12:00:00Z"}, {"pod": "berlin-1"}]
+    metrics.note("derp", "berlin", {"nodes": nodes})
+    labels = '{namespace="derp",region="berlin",node="berlin-0"}'
+    assert f"derp_operator_certificate_expiry_seconds{labels} 1826884800" in metrics.render().splitlines()
+    metrics.note("derp", "berlin", None)
+    assert "berlin" not in metrics.render()
+
+
 def item(uid: str, version: str) -> Object:
     return {"metadata": {"uid": uid, "resourceVersion": version, "name": uid}}
 

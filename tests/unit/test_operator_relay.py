@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 from derp_operator import names
-from derp_operator.probe import Answer, Target, ask
+from derp_operator.probe import Answer, ReportedKeys, Target, ask
 from derp_operator.render import Inputs, children
 from derp_operator.render.config import settings_node
 from derp_operator.render.statefulset import ARGS
+
+from derper.wire.keys import MeshKey
 
 from .operatorkit import find, region, ring
 
@@ -35,9 +37,9 @@ def relays(tmp_path: Path) -> Iterator[dict[str, Target]]:
             wanted,
             pod,
             server_key=found.server_key,
-            host_name=found.mesh.host_name,
-            pin=found.mesh.pin,
-            certificates=[f"{names.SECRET_DIR}/{found.mesh.stem}"],
+            host_name=found.current.mesh.host_name,
+            pin=found.current.mesh.pin,
+            certificates=[f"{names.SECRET_DIR}/{found.current.mesh.stem}"],
         )
         for pod, found in keys.nodes.items()
     }
@@ -50,7 +52,10 @@ def relays(tmp_path: Path) -> Iterator[dict[str, Target]]:
             content = base64.b64decode(text) if kind == "Secret" else _local(text, places, ips).encode()
             (tmp_path / place / entry).write_bytes(content)
     processes = [_start(pod, ip, places, tmp_path) for pod, ip in ips.items()]
-    yield {pod: Target(pod, ips[pod], found.mesh.host_name, found.mesh.pin) for pod, found in keys.nodes.items()}
+    yield {
+        pod: Target(pod, ips[pod], found.current.mesh.host_name, found.current.mesh.pin)
+        for pod, found in keys.nodes.items()
+    }
     for process in processes:
         process.kill()
     for process in processes:
@@ -96,7 +101,14 @@ async def test_relays_mesh_and_answer_with_what_the_operator_writes(relays: dict
     found = await _until_meshed(relays, tmp_path)
     settings = hashlib.sha256((tmp_path / "config" / names.SETTINGS_FILE).read_bytes()).hexdigest()
     for pod, answer in found.items():
-        assert answer == Answer(mesh=dict.fromkeys(sorted(relays.keys() - {pod}), True), settings=settings)
+        target, key = relays[pod], MeshKey.parse((tmp_path / "secret" / names.MESH_KEY).read_text()).fingerprint()
+        assert answer == Answer(
+            mesh=dict.fromkeys(sorted(relays.keys() - {pod}), True),
+            settings=settings,
+            shown={target.host_name: target.pin},
+            certificates=frozenset({target.pin}),
+            mesh_keys=ReportedKeys(key, frozenset({key})),
+        )
 
     first = relays["berlin-0"]
     wrong_pin = await ask(replace(first, pin="sha256-raw:" + "0" * 64))
@@ -107,6 +119,13 @@ async def test_relays_mesh_and_answer_with_what_the_operator_writes(relays: dict
     assert no_pin.faults == ()
     other_name = await ask(replace(first, host_name="other.example.com"))
     assert [text.partition(" fails")[0] for text in other_name.faults] == ["TLS on port 8443"]
+    assert other_name.shown == {}
+    more = await ask(replace(first, also=("other.example.com", first.host_name)))
+    assert (more.faults, more.shown) == ((), {first.host_name: first.pin})
+    also = await ask(replace(first, host_name="127.0.0.1", sni=False, also=(first.host_name,)))
+    assert also.shown == {"127.0.0.1": first.pin, first.host_name: first.pin}
+    earlier = await ask(replace(first, pin="sha256-raw:" + "0" * 64, earlier=frozenset({first.pin})))
+    assert (earlier.faults, earlier.shown) == ((), {first.host_name: first.pin})
     no_sni = await ask(replace(first, sni=False))
     assert no_sni.faults == (), "the first certificate is for those who send no name"
 

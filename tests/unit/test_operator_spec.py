@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from derp_operator.names import node_name, ordinal_of
-from derp_operator.spec import InvalidSpec, KeySource, parse
+from derp_operator.spec import InvalidSpec, KeySource, durations, parse
 
 from .operatorkit import region, resource
 
@@ -110,6 +111,13 @@ def test_a_node_may_have_ports_of_its_own() -> None:
         ({"tls": TEMPLATE | CERTIFICATES | {"hostNameTemplate": "{pod.__class__}"}}, "its variables are {pod}"),
         ({"tls": TEMPLATE | CERTIFICATES | {"hostNameTemplate": "{pod"}}, "its variables are {pod}"),
         ({"tls": TEMPLATE | CERTIFICATES | {"hostNameTemplate": "{pod}_x.example.com"}}, "which is not a DNS name"),
+        ({"tls": {"lifetime": "9m"}}, "spec.tls.lifetime is 9m: it must be 10m to 8760h"),
+        ({"tls": {"lifetime": "8760h1s"}}, "spec.tls.lifetime is 8760h1s: it must be 10m to 8760h"),
+        ({"tls": {"lifetime": "1 year"}}, "spec.tls.lifetime is '1 year': write a duration"),
+        ({"tls": {"renewBefore": ""}}, "spec.tls.renewBefore is '': write a duration"),
+        ({"tls": {"renewBefore": "0s"}}, "spec.tls.renewBefore is 0s: it must be more than nothing"),
+        ({"tls": {"lifetime": "1h", "renewBefore": "60m"}}, "less than spec.tls.lifetime, which is 1h"),
+        ({"tls": {"retireAfter": "-1h"}}, "spec.tls.retireAfter is '-1h': write a duration"),
     ],
 )
 def test_mistakes_are_sentences(spec: dict[str, Any], words: str) -> None:
@@ -117,6 +125,26 @@ def test_mistakes_are_sentences(spec: dict[str, Any], words: str) -> None:
         region(**spec)
     assert words in str(caught.value)
     assert all(problem.endswith(".") for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("24h", 86400), ("1h30m", 5400), ("90s", 90), ("1h1m1s", 3661), ("0s", 0), (f"{'9' * 9}h", 999_999_999 * 3600)],
+)
+def test_durations(text: str, seconds: int) -> None:
+    assert durations.parse(text) == timedelta(seconds=seconds)
+    assert durations.write(timedelta(seconds=seconds)) == text.replace("90s", "1m30s")
+
+
+@pytest.mark.parametrize("text", ["", "1d", "1m1h", "1 h", "h", "-1h", "1.5h", "1h\n", "١h", "9" * 9999 + "h"])
+def test_what_is_no_duration(text: str) -> None:
+    assert durations.parse(text) is None
+
+
+def test_times_of_certificates() -> None:
+    found = region(tls={"lifetime": "24h"}).tls
+    assert (found.renew_before, found.retire_after) == (timedelta(hours=8), timedelta(hours=24))
+    assert region().tls.renew_before == timedelta(days=365) / 3
 
 
 @pytest.mark.parametrize("name", ["a" * 41, "0a", "a.b", "A", "a-"])

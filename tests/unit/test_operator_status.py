@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -12,7 +13,7 @@ from derp_operator.conditions import Finding
 from derp_operator.departures import departures
 from derp_operator.keyring import Maker, system_maker
 from derp_operator.observe import Seen
-from derp_operator.plan import Plan, plan
+from derp_operator.plan import Plan, plan, prepare
 from derp_operator.probe import Answer
 from derp_operator.publish import publish
 from derp_operator.render import Inputs, children
@@ -110,12 +111,15 @@ class Table:
     def look(self) -> tuple[Seen, Plan, list[Health], DERPMap | None]:
         """One pass, written to the table."""
         seen = Seen(self.live, self.pods, {}, {}, None)
-        planned = plan(self.region, seen, NOW, self.maker)
-        asked = {node.pod for node in planned.nodes if node.target}
-        judged = health(planned, seen, {name: item for name, item in self.answers.items() if name in asked}, NOW)
+        draft = prepare(self.region, seen, NOW, self.maker)
+        answers = {target.pod: self.answers[target.pod] for target in draft.targets if target.pod in self.answers}
+        shown = {target.pod: {target.host_name: target.pin} for target in draft.targets}
+        answers = {name: replace(item, shown=shown[name]) for name, item in answers.items()}
+        planned = plan(draft, answers, NOW)
+        judged = health(planned, seen, answers, NOW)
         derpmap = publish(self.region, planned.published, [item.candidate for item in judged])
         count = self.region.replicas
-        inputs = Inputs("derper", planned.members, planned.ring.data, planned.settings, derpmap, count)
+        inputs = Inputs("derper", planned.members, planned.keys, planned.settings, derpmap, count)
         made = children(self.region, inputs)
         self.live.update({(item["kind"], item["metadata"]["name"]): item for item in made})
         owner = self.live["StatefulSet", "berlin"]
@@ -127,7 +131,7 @@ class Table:
         seen, planned, judged, derpmap = self.look()
         going = departures(self.region, seen, judged).findings
         found = findings(self.region, planned, seen, judged, derpmap, going=going)
-        return status(self.region, seen, judged, derpmap, found, previous or {}, NOW)
+        return status(self.region, seen, judged, planned, derpmap, found, previous or {}, NOW)
 
 
 def ready(found: Object) -> Object:

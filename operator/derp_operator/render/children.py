@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from derper.derpmap import DERPMap
@@ -26,7 +27,8 @@ class Inputs:
     """What the children depend on besides the spec.
 
     `members` are the pods of the mesh: the wanted ones, and those that still run.  `derpmap` is None until the first
-    map may be published.  `replicas` is how many pods are to run now: leaving ones keep running for a while.
+    map may be published; `pinned_since` is when its pins were.  `replicas` is how many pods are to run now: leaving
+    ones keep running for a while.
     """
 
     image: str
@@ -35,6 +37,7 @@ class Inputs:
     settings: Mapping[str, SettingsNode]
     derpmap: DERPMap | None
     replicas: int
+    pinned_since: datetime | None = None
 
 
 def identities(region: Region, members: Sequence[str]) -> list[tuple[str, str]]:
@@ -70,7 +73,7 @@ def children(region: Region, inputs: Inputs) -> list[dict[str, Any]]:
         settings_map(region, inputs.settings),
         mesh_service(region),
         *_pod_services(region, inputs.members),
-        *(derp_maps(region, inputs.derpmap) if inputs.derpmap else []),
+        *(derp_maps(region, inputs.derpmap, inputs.pinned_since) if inputs.derpmap else []),
         stateful_set(region, inputs.image, inputs.replicas),
     ]
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 from derper.derpmap import DERPMap
 
 from .. import names
+from ..conditions import timestamp
 from ..layout import lay_out
 from ..spec import MapForm, Region
 from .meta import child
@@ -46,15 +48,16 @@ def settings_node(
     }
 
 
-def derp_maps(region: Region, derpmap: DERPMap) -> list[dict[str, Any]]:
-    """The ConfigMaps for clients: tailcfg's JSON, and Headscale's YAML."""
-    return [_derp_map(region, form, lay_out(region, form, derpmap)) for form in region.map.forms]
+def derp_maps(region: Region, derpmap: DERPMap, pinned_since: datetime | None = None) -> list[dict[str, Any]]:
+    """The ConfigMaps for clients: tailcfg's JSON, and Headscale's YAML.  Their pins are so old."""
+    return [_derp_map(region, form, lay_out(region, form, derpmap), pinned_since) for form in region.map.forms]
 
 
-def _derp_map(region: Region, form: MapForm, derpmap: DERPMap) -> dict[str, Any]:
-    return child(region, "v1", "ConfigMap", names.derp_map(region.name, form.consumer)) | {
-        "data": {names.MAP_JSON: derpmap.to_json(), names.MAP_YAML: derpmap.to_yaml()}
-    }
+def _derp_map(region: Region, form: MapForm, derpmap: DERPMap, pinned_since: datetime | None) -> dict[str, Any]:
+    found = child(region, "v1", "ConfigMap", names.derp_map(region.name, form.consumer))
+    if pinned_since:
+        found["metadata"]["annotations"] = {names.PINNED_SINCE: timestamp(pinned_since)}
+    return found | {"data": {names.MAP_JSON: derpmap.to_json(), names.MAP_YAML: derpmap.to_yaml()}}
 
 
 def _settings(region: Region, nodes: Mapping[str, SettingsNode]) -> Settings:

@@ -10,6 +10,7 @@ from .derpmap import Layout, MapForm, MapOptions
 from .errors import InvalidSpec
 from .exposure import AddressType, Exposure, ExposureType
 from .limits import Limits
+from .mesh import Mesh
 from .nodes import NodeOptions
 from .pod import PodOptions
 from .region import MAX_REPLICAS, MIN_REPLICAS, Region, parse
@@ -29,6 +30,7 @@ __all__ = [
     "Limits",
     "MapForm",
     "MapOptions",
+    "Mesh",
     "NodeOptions",
     "PodOptions",
     "Region",

@@ -13,6 +13,7 @@ from . import (
     derpmap,
     exposure,
     limits,
+    mesh,
     nodes,
     pod,
     rebalance,
@@ -23,6 +24,7 @@ from .derpmap import MapOptions
 from .errors import InvalidSpec
 from .exposure import Exposure
 from .limits import Limits
+from .mesh import Mesh
 from .nodes import NodeOptions
 from .pod import PodOptions
 from .rebalance import Rebalance
@@ -53,6 +55,7 @@ class Region:
     image_pull_secrets: tuple[str, ...] = ()
     exposure: Exposure = field(default_factory=Exposure)
     tls: Tls = field(default_factory=Tls)
+    mesh: Mesh = field(default_factory=Mesh)
     limits: Limits = field(default_factory=Limits)
     rebalance: Rebalance = field(default_factory=Rebalance)
     map: MapOptions = field(default_factory=MapOptions)
@@ -110,7 +113,8 @@ def parse(resource: Mapping[str, Any]) -> Region:
         image_pull_policy=spec.get("imagePullPolicy"),
         image_pull_secrets=tuple(item["name"] for item in spec.get("imagePullSecrets") or ()),
         exposure=exposure.parse(spec.get("exposure") or {}, problems),
-        tls=tls.parse(spec.get("tls") or {}),
+        tls=tls.parse(spec.get("tls") or {}, problems),
+        mesh=mesh.parse(spec.get("mesh") or {}),
         limits=limits.parse(spec.get("limits") or {}),
         rebalance=rebalance.parse(spec.get("rebalance") or {}),
         map=derpmap.parse(spec.get("map") or {}, problems),
