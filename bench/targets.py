@@ -81,7 +81,7 @@ def _targets() -> Iterator[Target]:
     for shape in ("1x1", "1x8"):
         yield Target(f"1300 B, 10 pairs, {shape}, across the mesh", ceiling, least=2.0)
     for shape in ("1x1", "1x8"):
-        for load in ("50 kpps", "80 % of one worker's ceiling"):
+        for load in ("50 kpps", "half of one worker's ceiling"):
             workers = f"two workers, 1300 B, 10 pairs, {shape} at {load}"
             yield Target(workers, "CPU per packet, two workers to one", most=1.2, to="")
     yield from _twice_the_clients("twice the clients, two workers with 4000 to one with 2000")

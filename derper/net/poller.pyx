@@ -3,7 +3,7 @@
 ::
 
     epoll --> Poller --> Stream: recv --> the protocol's buffer
-    protocol --> Stream.write --> send, or what the socket does not take: the backlog
+    protocol --> Stream.write --> send, or for what the socket does not take: the backlog
 
 The epoll instance is itself watched by the event loop: one turn of the loop handles all that is ready, and errors of
 sockets are seen, which a reader of uvloop is not told of.  For Linux.
@@ -26,9 +26,8 @@ cdef extern from "<unistd.h>" nogil:
 
 cdef extern from "<sys/socket.h>" nogil:
     ssize_t recv(int fd, void *buffer, size_t size, int flags)
-    ssize_t send(int fd, const void *data, size_t size, int flags)
     int shutdown(int fd, int how)
-    int MSG_NOSIGNAL, SHUT_WR
+    int SHUT_WR
 
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:
@@ -106,7 +105,7 @@ cdef class Poller:
 
 @cython.no_gc_clear
 cdef class Stream:
-    """An asyncio transport on a connected socket, which it owns.  `Transport` of `tlsio` is one with TLS."""
+    """An asyncio transport on a connected socket, which it owns, but for how bytes are read and written: see `tlsio`."""
 
     def __cinit__(self, Poller poller, sock, *more, **others):
         self.poller = poller
@@ -296,10 +295,7 @@ cdef class Stream:
 
     cdef Py_ssize_t _fill(self, char *into, Py_ssize_t space) except -1:
         """How many bytes have come; if 0, whatever follows from that is done."""
-        cdef ssize_t size = self._take(into, space)
-        if size == 0:
-            self.close()
-        return max(size, 0)
+        raise NotImplementedError
 
     cdef ssize_t _take(self, char *into, size_t space) except -2:
         """Receive.  0: the other side says no more; -1: nothing has come, or the connection is lost."""
@@ -317,12 +313,7 @@ cdef class Stream:
 
     cdef Py_ssize_t _send(self, const char *data, Py_ssize_t size) except -2:
         """How many bytes were taken; -1 if the connection is lost.  The rest must be sent later as it is."""
-        cdef ssize_t sent = send(self.fd, data, size, MSG_NOSIGNAL)
-        cdef int code = errno
-        if sent < 0 and code != EAGAIN and code != EINTR:
-            self._end(OSError(code, os.strerror(code)))
-            return -1
-        return max(sent, 0)
+        raise NotImplementedError
 
     cdef int _keep(self, bytes rest) except -1:
         if self.backlog is None:
@@ -375,8 +366,8 @@ cdef class Stream:
         return 0
 
     cdef int _say_goodbye(self) except -1:
-        self._linger()
-        return 0
+        """Say that no more follows, then `_linger`."""
+        raise NotImplementedError
 
     cdef int _linger(self) except -1:
         """Wait until the other side closes: to close on unread bytes would be a reset, which destroys what is on its
