@@ -168,12 +168,22 @@ class Clients:
         while not self._maps or self._maps[NAMES[0]] != derp_map:
             await self._news.wait()
 
+    async def reconnect(self, name: str) -> None:
+        """Let a client connect anew, and wait until it has."""
+        node = self.net.nodes[name]
+        before = len(node.connects)
+        await self.net.reconnect(name)
+        async with asyncio.timeout(HANG):
+            while len(node.connects) == before:
+                node.relay_changed.clear()
+                await node.relay_changed.wait()
+
     async def settle(self) -> None:
         """Every client on the relay that it prefers, and its way to its peers warm."""
         await self.has_map(await self._kube.derp_map(self._where.name, self._where.namespace))
         for name in NAMES:
             if await self.net.relay_of(name) != self.preferred(name):
-                await self.net.reconnect(name)
+                await self.reconnect(name)
         for name in NAMES:
             await self.net.connected(name, self.preferred(name))
         async with asyncio.TaskGroup() as group:
