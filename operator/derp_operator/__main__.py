@@ -23,6 +23,7 @@ from .keyring import system_maker
 from .kube import ApiError, Kube
 from .leader import Leadership, LeaseLostError
 from .login import LoginError, login
+from .merge import merge
 from .metrics import Metrics
 from .probe import ask
 from .queue import WorkQueue
@@ -31,6 +32,8 @@ from .resolve import resolve
 
 PASS_TIMEOUT: Final = 60.0
 STUCK_AFTER: Final = 120.0
+MERGE_DELAY: Final = 1.0
+"""Seconds for which maps that change together are waited for before they are merged."""
 CRD_RETRY: Final = 2.0
 
 log = logging.getLogger("derp_operator")
@@ -105,9 +108,9 @@ class Operator:
         self._metrics = Metrics()
         self._watches = Watches(time.monotonic)
         self._watching = self._leading = self._standby = False
-        cluster = CountingCluster(kube, self._metrics.writes, self._watches)
+        self._cluster = CountingCluster(kube, self._metrics.writes, self._watches)
         self._reconciler = Reconciler(
-            cluster, ask, resolve, system_maker(), chosen.relay_image, told=self._metrics.note
+            self._cluster, ask, resolve, system_maker(), chosen.relay_image, told=self._metrics.note
         )
         self._queue: WorkQueue[tuple[str, str]] = WorkQueue(
             self._work, clock=time.monotonic, random=random.random, workers=chosen.workers
@@ -177,16 +180,25 @@ class Operator:
         result = "error"
         try:
             async with asyncio.timeout(PASS_TIMEOUT):
-                again = await self._reconciler.reconcile(*key)
+                again = await self._pass(*key)
             result = "success"
             return again
         finally:
             self._metrics.reconciles[result] += 1
             self._metrics.seconds += time.monotonic() - started
 
+    async def _pass(self, namespace: str, region: str) -> float | None:
+        if region:
+            return await self._reconciler.reconcile(namespace, region)
+        return await merge(self._cluster, namespace)
+
     def _changed(self, item: Mapping[str, Any], deleted: bool, key: tuple[str, str]) -> None:
         self._watches.event(item, deleted=deleted)
-        self._queue.add(key)
+        namespace, region = key
+        if region:
+            self._queue.add(key)
+        if not region or names.is_derp_map(region, item["metadata"]["name"]):
+            self._queue.add((namespace, ""), MERGE_DELAY)
 
     def _watches_up(self) -> None:
         self._watching = True

@@ -33,6 +33,7 @@ SECRET_NOT_FOUND: Final = "SecretNotFound"
 CONFIG_MAP_NOT_FOUND: Final = "ConfigMapNotFound"
 CERTIFICATE_INVALID: Final = "CertificateInvalid"
 ADDRESS_UNUSABLE: Final = "AddressUnusable"
+REGION_ID_TAKEN: Final = "RegionIDTaken"
 
 # What comes with time
 ADDRESS_PENDING: Final = "AddressPending"

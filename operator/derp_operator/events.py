@@ -42,6 +42,7 @@ _WARNINGS = frozenset(
         conditions.CONFIG_MAP_NOT_FOUND,
         conditions.CERTIFICATE_INVALID,
         conditions.ADDRESS_UNUSABLE,
+        conditions.REGION_ID_TAKEN,
         conditions.NODE_UNREACHABLE,
     }
 )

@@ -19,7 +19,9 @@ from . import names
 from .session import Session
 
 Report = Callable[[Mapping[str, Any], bool, tuple[str, str]], None]
-"""Called with the object, whether it was deleted, and the region's namespace and name."""
+"""Called with the object, whether it was deleted, and the region's namespace and name; the latter is empty for what
+belongs to several, which are merged maps.
+"""
 Login = Callable[[], kopf.ConnectionInfo]
 
 CHILDREN: Final = (
@@ -167,9 +169,9 @@ def registry(log_in: Callable[..., Any], report: Report) -> kopf.OperatorRegistr
     async def child_changed(event: Mapping[str, Any], **_: Any) -> None:
         item = event["object"]
         meta = item["metadata"]
-        region = meta.get("labels", {}).get(names.REGION_LABEL)
-        if region:
-            report(item, event["type"] == "DELETED", (meta["namespace"], region))
+        labels = meta.get("labels", {})
+        if names.REGION_LABEL in labels or names.MERGE_LABEL in labels:
+            report(item, event["type"] == "DELETED", (meta["namespace"], labels.get(names.REGION_LABEL, "")))
 
     kopf.on.login(registry=found)(log_in)
     kopf.on.event(group=names.GROUP, version=names.VERSION, plural=names.PLURAL, registry=found)(region_changed)

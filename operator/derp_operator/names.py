@@ -17,6 +17,11 @@ MANAGED_BY_LABEL: Final = "app.kubernetes.io/managed-by"
 CONFIG_HASH: Final = "derp.network/config-hash"
 CONFIG_SINCE: Final = "derp.network/config-since"
 PINNED_SINCE: Final = "derp.network/pinned-since"
+MERGE_LABEL: Final = "derp.network/merge"
+"""On merged maps, and on the maps that are to be merged; those say into which by MERGE_INTO."""
+MERGE_LABELS: Final = {MANAGED_BY_LABEL: MANAGER, MERGE_LABEL: "true"}
+MERGE_INTO: Final = "derp.network/merge-into"
+LEFT_OUT: Final = "derp.network/left-out"
 
 DERP_PORT: Final = 8443
 STUN_PORT: Final = 3478
@@ -80,6 +85,11 @@ def settings_map(region: str) -> str:
 
 def derp_map(region: str, consumer: str = "") -> str:
     return f"{region}-derpmap-{consumer}" if consumer else f"{region}-derpmap"
+
+
+def is_derp_map(region: str, name: str) -> bool:
+    """Whether a ConfigMap of this name holds a map of the region."""
+    return name == derp_map(region) or name.startswith(derp_map(region) + "-")
 
 
 def node_name(region_id: int, ordinal: int) -> str:

@@ -28,7 +28,7 @@ class Seen:
     """One look at the cluster.  `pods` by name, `secrets` those of the user.
 
     `nodes` by name: only readable ones, and None for those that a pod still names but that have gone.  `resolved` is
-    what DNS says about the names of load balancers.
+    what DNS says about the names of load balancers, `merged` the merged maps that the spec names.
     """
 
     live: Mapping[Identity, Object]
@@ -37,6 +37,7 @@ class Seen:
     secrets: Mapping[str, Data]
     clients: Data
     resolved: Mapping[str, Resolution] = field(default_factory=dict)
+    merged: Mapping[str, Object | None] = field(default_factory=dict)
 
     @property
     def given(self) -> list[Data]:
@@ -75,11 +76,12 @@ class Seen:
 
 async def look(cluster: Cluster, region: Region, resolver: Resolver) -> Seen:
     """Read everything that a pass over the region depends on, straight from the API server: no cache, no stale view."""
-    live, pods, secrets, clients = await asyncio.gather(
+    live, pods, secrets, clients, merged = await asyncio.gather(
         read_children(cluster, region),
         cluster.list("Pod", region.namespace, names.labels(region.name)),
         _secrets(cluster, region),
         _clients(cluster, region),
+        _merged(cluster, region),
     )
     seen = Seen(
         live=live,
@@ -88,6 +90,7 @@ async def look(cluster: Cluster, region: Region, resolver: Resolver) -> Seen:
         secrets=secrets,
         clients=clients,
         resolved=await _resolved(region, live, resolver),
+        merged=merged,
     )
     wanted = identities(region, seen.members(region))
     live.update(await find_unlabelled(cluster, region, wanted, live))
@@ -165,6 +168,12 @@ async def _resolved(region: Region, live: Mapping[Identity, Object], resolver: R
     ingress = (entry for item in services for entry in item["status"].get("loadBalancer", {}).get("ingress") or ())
     wanted = sorted({entry["hostname"] for entry in ingress if entry.get("hostname") and not entry.get("ip")})
     return dict(zip(wanted, await asyncio.gather(*map(resolver, wanted)), strict=True))
+
+
+async def _merged(cluster: Cluster, region: Region) -> dict[str, Object | None]:
+    wanted = [form.merge_into for form in region.map.forms if form.merge_into]
+    found = await asyncio.gather(*(cluster.get("ConfigMap", region.namespace, name) for name in wanted))
+    return dict(zip(wanted, found, strict=True))
 
 
 async def _nodes(cluster: Cluster, region: Region, pods: Iterable[Object]) -> dict[str, Object | None]:

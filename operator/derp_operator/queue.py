@@ -99,9 +99,9 @@ class WorkQueue(Generic[Key]):
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def add(self, key: Key) -> None:
-        """Ask for work on `key` now.  Never blocks."""
-        self._schedule.add(key, self._clock())
+    def add(self, key: Key, delay: float = 0.0) -> None:
+        """Ask for work on `key` now, or after some seconds, in which more may come together.  Never blocks."""
+        self._schedule.add(key, self._clock() + delay)
         self._wake.set()
 
     def depth(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from derper.derpmap import DERPMap, DERPNode
 
-from . import conditions, names
+from . import conditions, merge, names
 from .apply import Identity
 from .conditions import Finding, timestamp
 from .layout import region_id
@@ -185,7 +185,8 @@ def findings(
     `refused` is what the API server did not let the operator write, `going` what is said of pods that go.
     """
     judged = list(nodes)
-    found = [*refused, *plan.findings, *(item.finding for item in judged if item.finding)]
+    merging = merge.findings(region, seen.merged) if derpmap else []
+    found = [*refused, *plan.findings, *(item.finding for item in judged if item.finding), *merging]
     found.sort(key=lambda finding: (not finding.blocked, not finding.degraded))
     inside = nodes_of(region, derpmap)
     outside = [item.node.pod for item in judged if item.node.name not in inside]
@@ -362,7 +363,8 @@ def _map_status(
         "publishedAt": known or timestamp(now),
     }
     consumers = [_consumer_status(region, seen, form.consumer) for form in region.map.forms if form.consumer]
-    return result | ({"consumers": consumers} if consumers else {})
+    merged = [name for name, item in seen.merged.items() if merge.holds(item, region)]
+    return result | ({"consumers": consumers} if consumers else {}) | ({"mergedInto": merged} if merged else {})
 
 
 def map_hash(derpmap: DERPMap) -> str:

@@ -110,6 +110,7 @@ POD_TERM = {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLab
         {"map": {"spread": "1m30s"}},
         {"regionID": 997, "map": {"layout": "RegionPerNode"}},
         {"map": {"nodeOrder": [2, 0], "consumers": [{"name": "tailnet-a", "nodeOrder": [1]}, {"name": "b"}]}},
+        {"map": {"mergeInto": "derpmap", "consumers": [{"name": "a", "mergeInto": "all-of-a"}]}},
         {"map": {"firstRegionID": 910, "consumers": [{"name": "a", "layout": "RegionPerNode"}]}},
         {"map": {"layout": "RegionPerNode", "consumers": [{"name": "a", "layout": "Region", "nodeOrder": [1]}]}},
         {"regionID": 999, "replicas": 64, "map": {"layout": "RegionPerNode", "firstRegionID": 936}},
@@ -262,6 +263,7 @@ def includes(whole: Any, part: Any) -> bool:
             {"map": {"layout": "RegionPerNode", "consumers": [{"name": "a", "nodeOrder": [1]}]}},
             "nodeOrder of a consumer is only for layout Region",
         ),
+        ({"map": {"mergeInto": "All"}}, "a merged map is made of lower-case letters, digits and dashes, like derpmap"),
         ({"map": {"nodeOrder": [1, 1]}}, "spec.map.nodeOrder[1]: Duplicate value: 1"),
         ({"map": {"consumers": [{"name": "a"}, {"name": "a"}]}}, "spec.map.consumers[1]: Duplicate value"),
         (

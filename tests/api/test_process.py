@@ -127,6 +127,22 @@ async def test_children_come_and_come_back(berlin: World, start: Start) -> None:
     assert "Traceback" not in operator.log.read_text()
 
 
+async def test_maps_are_merged_when_one_of_them_changes(berlin: World, start: Start) -> None:
+    async def gone() -> bool:
+        return not await exists(berlin, "ConfigMap", "all")()
+
+    await berlin.create(map={"mergeInto": "all"})
+    await berlin.settle()
+    operator = start(f"--lease-namespace={berlin.namespace}", f"--namespace={berlin.namespace}")
+    await eventually(exists(berlin, "ConfigMap", "all"))
+    await berlin.remove("ConfigMap", "all")
+    await eventually(exists(berlin, "ConfigMap", "all"))
+    await berlin.change(map={"mergeInto": None})
+    await eventually(gone)
+    assert operator.end() == 0, operator.log.read_text()
+    assert "Traceback" not in operator.log.read_text()
+
+
 async def test_the_lease_is_handed_over(berlin: World, start: Start) -> None:
     options = (f"--lease-namespace={berlin.namespace}", f"--namespace={berlin.namespace}")
     first = start(*options, pod="operator-a")

@@ -17,6 +17,7 @@ from derp_operator import names
 from derp_operator.counting import CountingCluster, Watches
 from derp_operator.keyring import Maker, system_maker
 from derp_operator.kube import ApiError, Cluster, Kube, Object
+from derp_operator.merge import merge
 from derp_operator.observe import content, is_ready
 from derp_operator.probe import Answer, Target
 from derp_operator.reconcile import Reconciler
@@ -84,6 +85,11 @@ class World:
 
     async def reconcile(self, cluster: Cluster | None = None) -> float | None:
         return await self.reconciler(cluster).reconcile(self.namespace, self.name)
+
+    async def merge(self, cluster: Cluster | None = None) -> float | None:
+        """The pass over the merged maps of the namespace."""
+        counting = CountingCluster(cluster or self.kube, self.writes, Watches(lambda: 0.0))
+        return await merge(counting, self.namespace)
 
     async def create(self, **spec: Any) -> Object:
         """The region, as a user would apply it."""

@@ -162,6 +162,17 @@ async def test_the_queue_bounds_its_workers_and_finishes_what_runs() -> None:
     assert work.started == ["a", "b", "c"]
 
 
+def test_what_may_wait_is_done_once_when_its_time_has_come() -> None:
+    now = 0.0
+    queue: WorkQueue[str] = WorkQueue(Work(), clock=lambda: now, random=lambda: 0.5)
+    queue.add("a", 1.0)
+    now = 0.9
+    queue.add("a", 1.0)
+    assert queue.depth() == 0
+    now = 1.0
+    assert queue.depth() == 1, "more of the same does not put it off"
+
+
 async def test_a_failing_pass_is_repeated_and_others_go_on() -> None:
     came: list[str] = []
     healed = asyncio.Event()

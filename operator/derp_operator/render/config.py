@@ -55,8 +55,12 @@ def derp_maps(region: Region, derpmap: DERPMap, pinned_since: datetime | None = 
 
 def _derp_map(region: Region, form: MapForm, derpmap: DERPMap, pinned_since: datetime | None) -> dict[str, Any]:
     found = child(region, "v1", "ConfigMap", names.derp_map(region.name, form.consumer))
-    if pinned_since:
-        found["metadata"]["annotations"] = {names.PINNED_SINCE: timestamp(pinned_since)}
+    annotations = {names.PINNED_SINCE: timestamp(pinned_since)} if pinned_since else {}
+    if form.merge_into:
+        found["metadata"]["labels"] |= names.MERGE_LABELS
+        annotations[names.MERGE_INTO] = form.merge_into
+    if annotations:
+        found["metadata"]["annotations"] = annotations
     return found | {"data": {names.MAP_JSON: derpmap.to_json(), names.MAP_YAML: derpmap.to_yaml()}}
 
 

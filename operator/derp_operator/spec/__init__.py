@@ -6,7 +6,7 @@ break a region, for objects that were stored under an older schema, and hold wha
 """
 
 from .clients import Clients, KeySource
-from .derpmap import Layout, MapForm, MapOptions
+from .derpmap import Layout, MapForm, MapOptions, merge_targets
 from .errors import InvalidSpec
 from .exposure import AddressType, Exposure, ExposureType
 from .limits import Limits
@@ -35,5 +35,6 @@ __all__ = [
     "PodOptions",
     "Region",
     "Tls",
+    "merge_targets",
     "parse",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,12 +25,14 @@ class MapForm:
     """One of the ConfigMaps that hold the map: all have the same nodes.
 
     `layout`: all nodes in one region, in order of preference, or a region for each.  `consumer`: the tailnet that it
-    is for, empty for the plain map.  `node_order`: the ordinals that come first.
+    is for, empty for the plain map.  `node_order`: the ordinals that come first.  `merge_into`: the merged map that it
+    is a part of, empty for none.
     """
 
     consumer: str = ""
     layout: Layout = "Region"
     node_order: tuple[int, ...] = ()
+    merge_into: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +74,30 @@ def _form(spec: Mapping[str, Any], consumer: str, layout: Layout) -> MapForm:
         consumer=consumer,
         layout=spec.get("layout", layout),
         node_order=tuple(spec.get("nodeOrder") or ()),
+        merge_into=spec.get("mergeInto", ""),
     )
 
 
+def merge_targets(spec: Mapping[str, Any]) -> list[str]:
+    """The merged maps that `spec.map` names, whether or not the rest of the spec is valid."""
+    named = (item.get("mergeInto") for item in (spec, *(spec.get("consumers") or ())))
+    return [name for name in named if name]
+
+
 def check(region: Region) -> list[str]:
+    return [*_check_ids(region), *_check_merging(region)]
+
+
+def _check_merging(region: Region) -> list[str]:
+    targets = Counter(form.merge_into for form in region.map.forms if form.merge_into)
+    return [
+        f"spec.map merges several maps of this region into {name}: they have the same nodes; merge only one of them."
+        for name, count in targets.items()
+        if count > 1
+    ]
+
+
+def _check_ids(region: Region) -> list[str]:
     if all(form.layout == "Region" for form in region.map.forms):
         return []
     last = region.first_id + region.replicas - 1
