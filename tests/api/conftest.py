@@ -26,9 +26,9 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
             pytest.fail(reason)
         pytest.skip(reason)
     with control_plane(tmp_path_factory.mktemp("api"), os.environ) as running:
-        # Not --for=condition=..: that fails while there are no conditions at all.
-        established = '--for=jsonpath={.status.conditions[?(@.type=="Established")].status}=True'
-        for args in (["apply", f"--filename={CRD}"], ["wait", established, f"--filename={CRD}"]):
-            done = running.kubectl(*args)
+        # Both other waits fail while there are no conditions at all.
+        waits = ("--for=jsonpath={.status.conditions}", "--for=condition=Established")
+        for args in (["apply"], *(["wait", each] for each in waits)):
+            done = running.kubectl(*args, f"--filename={CRD}")
             assert done.returncode == 0, done.stderr
         yield running
