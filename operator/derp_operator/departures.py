@@ -18,6 +18,7 @@ from . import conditions, names
 from .apply import REFUSALS
 from .conditions import Finding
 from .kube import ApiError, Object
+from .merge import has_node
 from .observe import Seen
 from .plan import published_map
 from .render import map_identities
@@ -50,7 +51,7 @@ def _mapped(region: Region, seen: Seen, ordinals: Iterable[int]) -> bool:
             continue
         if wanted & {node.name for item in derpmap.regions.values() for node in item.nodes}:
             return True
-    return False
+    return any(has_node(item, region, wanted) for item in seen.merged.values())
 
 
 @dataclass(frozen=True, slots=True)

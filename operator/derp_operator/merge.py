@@ -140,7 +140,10 @@ def merge_maps(found: Iterable[Member]) -> Merged:
 
 def _claims(member: Member) -> list[int | str]:
     """What nobody else may have in the same map: region ids and names of nodes."""
-    return [claim for each in member.regions for claim in (each.region_id, *(node.name for node in each.nodes))]
+    return [
+        *(each.region_id for each in member.regions),
+        *(node.name for each in member.regions for node in each.nodes),
+    ]
 
 
 def render(namespace: str, name: str, merged: Merged) -> Object:
@@ -167,7 +170,16 @@ def is_merged(item: Mapping[str, Any]) -> bool:
 
 def holds(item: Mapping[str, Any] | None, region: Region) -> bool:
     """Whether a merged map has this region."""
-    return any(owner["uid"] == region.uid for owner in _owners(item)) and bool(nodes_of(region, _content(item)))
+    return _owns(region, item) and bool(nodes_of(region, _content(item)))
+
+
+def has_node(item: Mapping[str, Any] | None, region: Region, wanted: Container[str]) -> bool:
+    """Whether a merged map has one of these nodes of the region, by name."""
+    return _owns(region, item) and any(node.name in wanted for each in _regions(item) for node in each.nodes)
+
+
+def _owns(region: Region, item: Mapping[str, Any] | None) -> bool:
+    return any(owner["uid"] == region.uid for owner in _owners(item))
 
 
 def findings(region: Region, merged: Mapping[str, Object | None]) -> list[Finding]:
@@ -205,12 +217,12 @@ def _known(regions: Iterable[DERPRegion], region_id: int) -> list[DERPRegion]:
     return [each for each in regions if own & {node.name for node in each.nodes}]
 
 
-def _content(item: Object | None) -> DERPMap | None:
+def _content(item: Mapping[str, Any] | None) -> DERPMap | None:
     """The map in a ConfigMap, from the form with more regions."""
     return max(parsed((item or {}).get("data") or {}), key=lambda each: len(each.regions), default=None)
 
 
-def _regions(item: Object | None) -> list[DERPRegion]:
+def _regions(item: Mapping[str, Any] | None) -> list[DERPRegion]:
     found = _content(item)
     return list(found.regions.values()) if found else []
 

@@ -152,6 +152,19 @@ async def test_regions_are_merged(berlin: World, paris: World) -> None:
     assert await berlin.merge() is None
 
 
+async def test_a_pod_goes_when_the_merged_map_is_without_it(berlin: World) -> None:
+    await berlin.create(replicas=4, map={"mergeInto": "all", "spread": "0s"})
+    await ready(berlin)
+    await berlin.change(replicas=3)
+    for _ in range(3):
+        await berlin.reconcile()
+    assert list((await order(berlin, "berlin-derpmap"))[900]) == ["900a", "900b", "900c"]
+    assert (await berlin.get("StatefulSet", "berlin"))["spec"]["replicas"] == 4
+    await berlin.merge()
+    await berlin.reconcile()
+    assert (await berlin.get("StatefulSet", "berlin"))["spec"]["replicas"] == 3
+
+
 async def test_a_region_stays_while_its_spec_is_wrong_or_its_map_is_gone(berlin: World, paris: World) -> None:
     await berlin.create(map={"mergeInto": "all"})
     await paris.create(regionID=901, map={"mergeInto": "all"})
