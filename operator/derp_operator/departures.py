@@ -7,7 +7,7 @@ which holds when somebody drains a Kubernetes node, or another operator works, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -62,8 +62,10 @@ class Departures:
     findings: Sequence[Finding] = ()
 
 
-def departures(region: Region, seen: Seen, nodes: Iterable[Health]) -> Departures:
-    """The pods to replace now.
+def departures(
+    region: Region, seen: Seen, nodes: Iterable[Health], unreached: Collection[str] = frozenset()
+) -> Departures:
+    """The pods to replace now; `unreached` are those to which no way leads yet from outside.
 
     * Pods that never started serve nobody: all of them at once, also while others are away.
     * Of the others one, when every other node is well: it answers as the map says, meshes with all, and, if it is new,
@@ -85,7 +87,7 @@ def departures(region: Region, seen: Seen, nodes: Iterable[Health]) -> Departure
         return Departures()
     pending = [item for item in rest if seen.pods[item.node.pod].get("status", {}).get("phase") == "Pending"]
     away = [item for item in rest if not item.ready]
-    unwell = {item.node.pod for item in judged if item.finding}
+    unwell = {item.node.pod for item in judged if item.finding} | set(unreached)
     unwell |= set(behind(region, seen, judged)) - older  # what is new in the settings may be too new for them
     wait_for = [item.node.pod for item in judged if item.node.pod in unwell and item not in away]
     now = pending

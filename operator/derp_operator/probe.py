@@ -17,6 +17,7 @@ import aiohttp
 from cryptography import x509
 
 from derper import certs, stun_client
+from derper.derpmap import DERPNode
 
 from . import names
 
@@ -69,14 +70,17 @@ class Answer:
 
 
 Prober = Callable[[Target], Awaitable[Answer]]
+Reach = Callable[[DERPNode], Awaitable[bool]]
 
 
 async def ask(target: Target) -> Answer:
     """Ask one relay, all ways at once."""
     hosts = (target.host_name, *(name for name in target.also if name != target.host_name))
     leaves, udp, (fault, report) = await asyncio.gather(
-        asyncio.gather(*(_leaf(target.ip, host if target.sni or host in target.also else "") for host in hosts)),
-        _stun_fault(target),
+        asyncio.gather(
+            *(_leaf(target.ip, names.DERP_PORT, host if target.sni or host in target.also else "") for host in hosts)
+        ),
+        _stun_fault(target.ip, names.STUN_PORT),
         _report(target),
     )
     shown = {host: _pin(leaf) for host, leaf in zip(hosts, leaves, strict=True) if isinstance(leaf, bytes)}
@@ -97,18 +101,28 @@ def _said(report: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-async def _leaf(ip: str, server_name: str) -> bytes | str:
+async def reach(node: DERPNode) -> bool:
+    """Whether a node answers TLS and STUN where its entry in the map says, as seen from here."""
+    host = next((ip for ip in (node.ipv4, node.ipv6) if ip not in ("", "none")), node.host_name)
+    target = Target(node.name, host, node.host_name, node.cert_name, node.host_name != host)
+    leaf, fault = await asyncio.gather(
+        _leaf(host, node.derp_port, node.host_name if target.sni else ""), _stun_fault(host, node.stun_port)
+    )
+    return isinstance(leaf, bytes) and not certificate_fault(target, leaf) and not fault
+
+
+async def _leaf(ip: str, port: int, server_name: str) -> bytes | str:
     """The certificate (DER) that a relay shows to who asks for this name, none if it is empty; or what is wrong."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE  # the pin says more than any authority
     try:
         async with asyncio.timeout(TIMEOUT):
-            _, writer = await asyncio.open_connection(ip, names.DERP_PORT, ssl=context, server_hostname=server_name)
+            _, writer = await asyncio.open_connection(ip, port, ssl=context, server_hostname=server_name)
     except TimeoutError:
-        return f"TLS on port {names.DERP_PORT} does not answer"
+        return f"TLS on port {port} does not answer"
     except (OSError, ssl.SSLError) as error:
-        return f"TLS on port {names.DERP_PORT} fails ({_short(error)})"
+        return f"TLS on port {port} fails ({_short(error)})"
     try:
         return writer.get_extra_info("ssl_object").getpeercert(binary_form=True) or b""
     finally:
@@ -132,13 +146,13 @@ def certificate_fault(target: Target, leaf: bytes) -> str | None:
     return None if fits else f"TLS shows a certificate that is not for {target.host_name}"
 
 
-async def _stun_fault(target: Target) -> str | None:
+async def _stun_fault(host: str, port: int) -> str | None:
     try:
-        await stun_client.ask(target.ip, names.STUN_PORT, tries=_STUN_TRIES, patience=TIMEOUT / _STUN_TRIES)
+        await stun_client.ask(host, port, tries=_STUN_TRIES, patience=TIMEOUT / _STUN_TRIES)
     except (TimeoutError, ConnectionRefusedError):
-        return f"STUN on port {names.STUN_PORT} does not answer"
+        return f"STUN on port {port} does not answer"
     except OSError as error:
-        return f"STUN on port {names.STUN_PORT} fails ({_short(error)})"
+        return f"STUN on port {port} fails ({_short(error)})"
     return None
 
 

@@ -24,12 +24,12 @@ from .keyring import Maker
 from .kube import ApiError, Cluster, Object
 from .observe import Seen, answers, look
 from .plan import Plan, plan, prepare, published_map
-from .probe import Prober
+from .probe import Prober, Reach, reach
 from .publish import nodes_of, pinned_since, publish
 from .render import Inputs, children, config_hash, identities, map_identities
 from .resolve import Resolver
 from .spec import InvalidSpec, Region, parse
-from .status import Status, blocked, findings, health, paused, rejected, status
+from .status import Health, Status, blocked, findings, health, paused, rejected, status
 
 RESYNC: Final = 60.0
 """Seconds until the next look at a region that is fine: relays that stop answering send no event."""
@@ -53,6 +53,7 @@ class Reconciler:
     image: str
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
     told: Callable[[str, str, Status | None], None] = lambda *_: None
+    reach: Reach = reach
 
     async def reconcile(self, namespace: str, name: str) -> float | None:
         """Bring one region closer to its spec.
@@ -96,10 +97,12 @@ class Reconciler:
             if ("Secret", names.keys_secret(region.name)) not in applied.live:
                 return blocked(refused, region.generation, previous, self.now())  # the rest relies on keys that are not
             seen = replace(seen, live={**seen.live, **applied.live})  # the status is about what stands now
+        stands = published_map(region, seen)
         leaving = departures(region, seen, nodes)
+        if leaving.now:
+            leaving = departures(region, seen, nodes, await self._unreached(region, nodes, stands))
         if _writable(planned):
             refused = [*refused, *await self._evict(region, leaving.now)]
-        stands = published_map(region, seen)
         found = findings(region, planned, seen, nodes, stands, refused, leaving.findings)
         return status(region, seen, nodes, planned, stands, found, previous, self.now())
 
@@ -114,6 +117,19 @@ class Reconciler:
             await prune(self.cluster, region, wanted, seen.live)
             await self._touch(region, seen, config_hash(manifests, region, seen.given))
         return applied
+
+    async def _unreached(self, region: Region, nodes: Sequence[Health], derpmap: DERPMap | None) -> set[str]:
+        """The new pods to which no way leads yet from outside: balancers take their time to find them.
+
+        Only if some other node is reached: the operator's place in the network may be one from where none is.
+        """
+        entries = nodes_of(region, derpmap)
+        asked = [item for item in nodes if item.node.name in entries]
+        if not any(item.young for item in asked):
+            return set()
+        reached = await asyncio.gather(*(self.reach(entries[item.node.name]) for item in asked))
+        missed = {item.node.pod for item, found in zip(asked, reached, strict=True) if item.young and not found}
+        return missed if any(reached) else set()
 
     async def _evict(self, region: Region, pods: Iterable[Object]) -> list[Finding]:
         """Ask for the pods to go; returns what the API server has against it."""

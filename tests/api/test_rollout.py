@@ -99,6 +99,29 @@ async def test_no_pod_goes_while_another_one_is_away(berlin: World) -> None:
     assert len(await roll(berlin, Recorder(berlin.kube))) == 3
 
 
+async def test_no_pod_goes_before_clients_reach_the_last_one(berlin: World) -> None:
+    """A balancer takes its time to find a new pod."""
+    await settled(berlin)
+    berlin.relays.cut = {"900c"}
+    await berlin.change(**NEW)
+    assert await roll(berlin, Recorder(berlin.kube)) == []
+    assert "when berlin-2 is well" in condition(await berlin.region())["message"]
+    berlin.relays.cut = set()
+    assert await roll(berlin, Recorder(berlin.kube)) == ["berlin-2", "berlin-1", "berlin-0"]
+
+
+@pytest.mark.parametrize(("cut", "minutes"), [({"900c"}, 2), ({"900a", "900b", "900c"}, 0)])
+async def test_the_operator_may_be_where_it_does_not_reach_what_clients_do(
+    berlin: World, cut: set[str], minutes: int
+) -> None:
+    """For a node that it has not reached for long, or for all of them, nobody waits."""
+    await settled(berlin)
+    berlin.relays.cut = cut
+    berlin.skew += timedelta(minutes=minutes)
+    await berlin.change(**NEW)
+    assert await roll(berlin, Recorder(berlin.kube)) == ["berlin-2", "berlin-1", "berlin-0"]
+
+
 async def test_the_disruption_budget_has_the_last_word(berlin: World) -> None:
     """Somebody drains a Kubernetes node in this very moment."""
     await settled(berlin)

@@ -23,6 +23,7 @@ from derp_operator.probe import Answer, Target
 from derp_operator.reconcile import Reconciler
 from derp_operator.resolve import Resolution
 
+from derper.derpmap import DERPNode
 from tests.files import Files
 
 from .controlplane import ControlPlane
@@ -44,9 +45,13 @@ class Relays:
         self.stuck: set[str] = set()
         self.files: dict[str, Files] = {}
         self.faults: dict[str, str] = {}
+        self.cut: set[str] = set()
         self.asked: dict[str, Target] = {}
         self.known: set[str] = set()
         self.settings = ""
+
+    async def reach(self, node: DERPNode) -> bool:
+        return node.name not in self.cut
 
     async def ask(self, target: Target) -> Answer:
         self.asked[target.pod] = target
@@ -78,7 +83,8 @@ class World:
     def reconciler(self, cluster: Cluster | None = None) -> Reconciler:
         """A fresh one: it knows nothing."""
         counting = CountingCluster(cluster or self.kube, self.writes, Watches(lambda: 0.0))
-        return Reconciler(counting, self.relays.ask, self.resolve, self.maker, "localhost/derper:dev", self.now)
+        relays, image = self.relays, "localhost/derper:dev"
+        return Reconciler(counting, relays.ask, self.resolve, self.maker, image, self.now, reach=relays.reach)
 
     async def resolve(self, name: str) -> Resolution:
         return self.dns.get(name, Resolution(fault="Name or service not known"))

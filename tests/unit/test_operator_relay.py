@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 from derp_operator import names
-from derp_operator.probe import Answer, ReportedKeys, Target, ask
+from derp_operator.probe import Answer, ReportedKeys, Target, ask, reach
 from derp_operator.render import Inputs, children
 from derp_operator.render.config import settings_node
 from derp_operator.render.statefulset import ARGS
 
+from derper.derpmap import DERPNode
 from derper.wire.keys import MeshKey
 
 from .operatorkit import find, region, ring
@@ -128,6 +129,21 @@ async def test_relays_mesh_and_answer_with_what_the_operator_writes(relays: dict
     assert (earlier.faults, earlier.shown) == ((), {first.host_name: first.pin})
     no_sni = await ask(replace(first, sni=False))
     assert no_sni.faults == (), "the first certificate is for those who send no name"
+
+    entry = DERPNode(
+        name="900a",
+        region_id=900,
+        host_name=first.host_name,
+        cert_name=first.pin,
+        ipv4=first.ip,
+        ipv6="none",
+        stun_port=names.STUN_PORT,
+        derp_port=names.DERP_PORT,
+    )
+    assert await reach(entry)
+    assert not await reach(replace(entry, derp_port=8444))
+    assert not await reach(replace(entry, stun_port=3479))
+    assert not await reach(replace(entry, cert_name="sha256-raw:" + "0" * 64))
 
 
 async def test_nobody_there_is_three_sentences() -> None:
