@@ -104,7 +104,8 @@ def departures(
 def _sentence(done: str, going: Sequence[str], later: Sequence[str], wait_for: Sequence[str]) -> str:
     parts = [f"{', '.join(going)} now"] if going else []
     if later:
-        when = f" when {', '.join(wait_for)} is well" if wait_for else " later"
+        verb = "is" if len(wait_for) == 1 else "are"
+        when = f" when {', '.join(wait_for)} {verb} well" if wait_for else " later"
         parts.append(f"{', '.join(later)}{when}")
     return f"Pods are being replaced, {done}: {', '.join(parts)}."
 

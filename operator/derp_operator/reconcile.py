@@ -29,7 +29,7 @@ from .publish import nodes_of, pinned_since, publish
 from .render import Inputs, children, config_hash, identities, map_identities
 from .resolve import Resolver
 from .spec import InvalidSpec, Region, parse
-from .status import Health, Status, blocked, findings, health, paused, rejected, status
+from .status import Health, Status, blocked, findings, health, is_fresh, paused, rejected, status
 
 RESYNC: Final = 60.0
 """Seconds until the next look at a region that is fine: relays that stop answering send no event."""
@@ -100,7 +100,7 @@ class Reconciler:
         stands = published_map(region, seen)
         leaving = departures(region, seen, nodes)
         if leaving.now:
-            leaving = departures(region, seen, nodes, await self._unreached(region, nodes, stands))
+            leaving = departures(region, seen, nodes, await self._unreached(region, seen, nodes, stands))
         if _writable(planned):
             refused = [*refused, *await self._evict(region, leaving.now)]
         found = findings(region, planned, seen, nodes, stands, refused, leaving.findings)
@@ -118,17 +118,20 @@ class Reconciler:
             await self._touch(region, seen, config_hash(manifests, region, seen.given))
         return applied
 
-    async def _unreached(self, region: Region, nodes: Sequence[Health], derpmap: DERPMap | None) -> set[str]:
+    async def _unreached(
+        self, region: Region, seen: Seen, nodes: Sequence[Health], derpmap: DERPMap | None
+    ) -> set[str]:
         """The new pods to which no way leads yet from outside: balancers take their time to find them.
 
         Only if some other node is reached: the operator's place in the network may be one from where none is.
         """
         entries = nodes_of(region, derpmap)
-        asked = [item for item in nodes if item.node.name in entries]
-        if not any(item.young for item in asked):
+        asked = [item.node for item in nodes if item.node.name in entries and item.ready]
+        fresh = {node.pod for node in asked if is_fresh(seen.pods[node.pod], self.now())}
+        if not fresh:
             return set()
-        reached = await asyncio.gather(*(self.reach(entries[item.node.name]) for item in asked))
-        missed = {item.node.pod for item, found in zip(asked, reached, strict=True) if item.young and not found}
+        reached = await asyncio.gather(*(self.reach(entries[node.name]) for node in asked))
+        missed = fresh - {node.pod for node, found in zip(asked, reached, strict=True) if found}
         return missed if any(reached) else set()
 
     async def _evict(self, region: Region, pods: Iterable[Object]) -> list[Finding]:

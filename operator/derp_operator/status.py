@@ -167,6 +167,13 @@ def _links(answers: Mapping[str, Answer], peer: str, pod: str) -> bool:
     return peer in answers and bool(answers[peer].mesh.get(pod))
 
 
+def is_fresh(pod: Mapping[str, Any], now: datetime) -> bool:
+    """Whether a pod became ready, by its kubelet's clock, so lately that balancers may not have found it yet."""
+    found = (item for item in pod.get("status", {}).get("conditions", ()) if item["type"] == "Ready")
+    since = next((item.get("lastTransitionTime") for item in found), None)
+    return abs(now - (datetime.fromisoformat(since) if since else _created(pod))) < YOUNG
+
+
 def _created(pod: Mapping[str, Any]) -> datetime:
     return datetime.fromisoformat(pod["metadata"]["creationTimestamp"])
 

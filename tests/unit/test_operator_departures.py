@@ -117,6 +117,13 @@ def test_a_node_that_is_ill_keeps_all_others() -> None:
     assert "berlin-0, berlin-1, berlin-2 when berlin-0 is well" in scene.words()
 
 
+def test_settings_that_old_pods_cannot_use_hold_up_nothing() -> None:
+    """They may name files that only new pods have."""
+    scene = Scene()
+    scene.settings = dict.fromkeys(scene.pods, "older")
+    assert scene.now() == ["berlin-2"]
+
+
 def test_when_nobody_answers_the_operator_nobody_goes() -> None:
     """The kubelets say that all are ready: it may be the operator that is cut off."""
     scene = Scene()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from derp_operator import conditions, events
-from derp_operator.conditions import Finding
+from derp_operator.conditions import Finding, timestamp
 from derp_operator.departures import departures
 from derp_operator.keyring import Maker, system_maker
 from derp_operator.observe import Seen
@@ -18,7 +18,7 @@ from derp_operator.probe import Answer
 from derp_operator.publish import publish
 from derp_operator.render import Inputs, children
 from derp_operator.spec import Region
-from derp_operator.status import Health, findings, health, status
+from derp_operator.status import Health, findings, health, is_fresh, status
 
 from derper.derpmap import DERPMap
 
@@ -320,3 +320,12 @@ def test_events_are_for_transitions() -> None:
     reworded = json.loads(json.dumps(broken))
     reworded["conditions"][0]["message"] = "other words"
     assert events.transitions(broken, reworded) == []
+
+
+@pytest.mark.parametrize(("ready_for", "fresh"), [(5, True), (59, True), (61, False), (-5, True), (-3600, False)])
+def test_a_pod_is_fresh_for_a_minute_unless_its_clock_is_wrong(ready_for: int, fresh: bool) -> None:
+    since = timestamp(NOW - timedelta(seconds=ready_for))
+    young = pod("berlin-0", age=1, conditions=[{"type": "Ready", "status": "True", "lastTransitionTime": since}])
+    assert is_fresh(young, NOW) is fresh
+    assert is_fresh(pod("berlin-0", age=5), NOW), "its kubelet says nothing"
+    assert not is_fresh(pod("berlin-0"), NOW)
