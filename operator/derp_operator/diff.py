@@ -22,6 +22,7 @@ _SUFFIXES: Final = {
     "Pi": Decimal(2**50), "Ei": Decimal(2**60),
 }  # fmt: skip
 _AMOUNTS: Final = frozenset({"requests", "limits"})
+_AMOUNT: Final = frozenset({"sizeLimit", "divisor"})
 _ABSENT: Final = object()
 
 
@@ -50,7 +51,7 @@ def _matches(wanted: Any, live: Any, record: Mapping[str, Any], key: str = "") -
     """
     parts = {part: below for part, below in record.items() if part != "."}
     if not parts:
-        return _contains(wanted, live)
+        return _contains(wanted, live) or (key in _AMOUNT and _same_quantity(wanted, live))
     if isinstance(wanted, Mapping) and isinstance(live, Mapping):
         if {f"f:{name}" for name in wanted} != parts.keys():
             return False

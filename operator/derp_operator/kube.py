@@ -29,6 +29,9 @@ _PATHS: Final[Mapping[str, tuple[str, str]]] = {
     "Event": ("api/v1", "events"),
 }
 
+_MISFIT: Final = "failed to create typed patch object"
+"""The API server's words for a manifest with a field that its kind does not have, or of another type."""
+
 
 class ApiError(Exception):
     """The API server refused or could not be reached.  `status` is the HTTP status, 0 if there was no answer.
@@ -99,7 +102,12 @@ class Kube:
         meta = manifest["metadata"]
         path = _path(manifest["kind"], meta.get("namespace"), meta["name"], subresource)
         query = {"fieldManager": names.MANAGER, "force": "true"}
-        return await self._request("PATCH", path, query, manifest, "application/apply-patch+yaml")
+        try:
+            return await self._request("PATCH", path, query, manifest, "application/apply-patch+yaml")
+        except ApiError as error:
+            if _MISFIT not in error.words:
+                raise
+            raise ApiError(422, "Invalid", str(error), error.words) from None  # the API server calls it its own fault
 
     async def merge(self, kind: str, namespace: str, name: str, patch: Object) -> Object:
         """JSON merge patch."""

@@ -75,7 +75,7 @@ def _fields(value: Mapping[str, Any], against: Mapping[str, Any], path: str) -> 
         for key, item in value.items():
             yield from problems(item, against["additionalProperties"], f"{path}.{key}")
         return
-    if path == ".metadata":
+    if path == ".metadata" or against.get("x-kubernetes-preserve-unknown-fields"):
         return
     for key in against.get("required", ()):
         if key not in value:

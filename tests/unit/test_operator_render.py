@@ -32,6 +32,8 @@ KEEPS: list[Spec] = [
     {"map": {"latitude": 1.0, "longitude": 2.0, "noMeasureNoHome": True}},
     {"paused": True},
     {"pod": {"serviceAccountAnnotations": {"a": "b"}}},
+    {"override": {"service": {"spec": {"sessionAffinity": "ClientIP"}}}},
+    {"override": {"statefulSet": {"metadata": {"annotations": {"a": "b"}}}}},
     {
         "nodes": [
             {"ordinal": 0, "annotations": {"a": "b"}, "derpNodePort": 30001, "stunNodePort": 30002},
@@ -62,6 +64,7 @@ ROLLS: list[Spec] = [
     {"pod": {"schedulerName": "other"}},
     {"pod": {"terminationGracePeriodSeconds": 90}},
     {"pod": {"env": [{"name": "A", "value": "b"}]}},
+    {"override": {"statefulSet": {"spec": {"template": {"spec": {"dnsPolicy": "Default"}}}}}},
 ]
 
 
@@ -98,7 +101,7 @@ def test_the_matrix_names_every_field_of_the_spec() -> None:
     known = set(resource()["spec"]) | {key for change in KEEPS + ROLLS for key in change}
     assert known == {
         "regionID", "regionCode", "regionName", "replicas", "image", "imagePullPolicy", "imagePullSecrets", "exposure",
-        "tls", "clients", "limits", "map", "pod", "paused", "nodes",
+        "tls", "clients", "limits", "map", "pod", "paused", "nodes", "override",
     }  # fmt: skip
 
 

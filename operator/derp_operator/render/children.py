@@ -14,6 +14,7 @@ from derper.derpmap import DERPMap
 from .. import names
 from ..spec import Region
 from .config import SettingsNode, derp_maps, keys_secret, settings_map
+from .override import patched
 from .policy import disruption_budget, network_policy, service_account
 from .services import mesh_service, pod_service
 from .statefulset import stateful_set
@@ -74,14 +75,14 @@ def children(region: Region, inputs: Inputs) -> list[dict[str, Any]]:
         mesh_service(region),
         *_pod_services(region, inputs.members),
         *(derp_maps(region, inputs.derpmap, inputs.pinned_since) if inputs.derpmap else []),
-        stateful_set(region, inputs.image, inputs.replicas),
+        patched(stateful_set(region, inputs.image, inputs.replicas), region.override.stateful_set),
     ]
 
 
 def _pod_services(region: Region, members: Sequence[str]) -> list[dict[str, Any]]:
     if region.exposure.type == "HostPort":
         return []
-    return [pod_service(region, pod) for pod in members]
+    return [patched(pod_service(region, pod), region.override.service) for pod in members]
 
 
 def config_hash(manifests: Sequence[Mapping[str, Any]], region: Region, given: Sequence[Data]) -> str:

@@ -12,6 +12,7 @@ from .exposure import AddressType, Exposure, ExposureType
 from .limits import Limits
 from .mesh import Mesh
 from .nodes import NodeOptions
+from .override import Override
 from .pod import PodOptions
 from .region import MAX_REPLICAS, MIN_REPLICAS, Region, parse
 from .tls import HostNameMode, Tls
@@ -32,6 +33,7 @@ __all__ = [
     "MapOptions",
     "Mesh",
     "NodeOptions",
+    "Override",
     "PodOptions",
     "Region",
     "Tls",

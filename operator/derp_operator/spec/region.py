@@ -15,6 +15,7 @@ from . import (
     limits,
     mesh,
     nodes,
+    override,
     pod,
     rebalance,
     tls,
@@ -26,6 +27,7 @@ from .exposure import Exposure
 from .limits import Limits
 from .mesh import Mesh
 from .nodes import NodeOptions
+from .override import Override
 from .pod import PodOptions
 from .rebalance import Rebalance
 from .tls import Tls
@@ -61,6 +63,7 @@ class Region:
     map: MapOptions = field(default_factory=MapOptions)
     pod: PodOptions = field(default_factory=PodOptions)
     nodes: Mapping[int, NodeOptions] = field(default_factory=dict)
+    override: Override = field(default_factory=Override)
 
     @property
     def pods(self) -> tuple[str, ...]:
@@ -120,6 +123,7 @@ def parse(resource: Mapping[str, Any]) -> Region:
         map=derpmap.parse(spec.get("map") or {}, problems),
         pod=pod.parse(spec.get("pod") or {}),
         nodes=nodes.parse(spec.get("nodes") or ()),
+        override=override.parse(spec.get("override") or {}),
     )
     for rule in _RULES:
         problems.extend(rule(region))
@@ -159,4 +163,5 @@ _RULES: Final[tuple[Callable[[Region], list[str]], ...]] = (
     derpmap.check,
     nodes.check,
     pod.check,
+    override.check,
 )
