@@ -46,23 +46,26 @@ class Place:
 
 def endpoint(region: Region, name: str, place: Place) -> Endpoint | Finding:
     """The endpoint of the pod `name`, or what is in the way."""
-    if region.exposure.type == "HostPort":
+    kind = region.exposure.type
+    if kind == "HostPort":
         ports = _host_ports(place.pod)  # the spec may have others, which this pod gets when it is replaced
         if not {"derp", "stun"} <= ports.keys():
             return _pending(f"Pod {name} has no host ports yet.")
         return _reached(region, name, _on_node(region, name, place), ports["derp"], ports["stun"])
     if place.service is None:
         return _pending(f"Service {name} is not there yet.")
+    if place.service["spec"].get("type", kind) != kind:
+        return _pending(f"Service {name} is not of type {kind} yet.")
     served = {port["name"]: port for port in place.service["spec"].get("ports", ())}
     if not {"derp", "stun"} <= served.keys():
         return _pending(f"Service {name} has no ports yet.")
-    if region.exposure.type == "NodePort":
+    if kind == "NodePort":
         derp, stun = (served[port].get("nodePort") for port in ("derp", "stun"))
         if not derp or not stun:
             return _pending(f"Service {name} has no node ports yet.")
         return _reached(region, name, _on_node(region, name, place), derp, stun)
     derp, stun = served["derp"]["port"], served["stun"]["port"]
-    if region.exposure.type == "ClusterIP":
+    if kind == "ClusterIP":
         found = [ip for ip in place.service["spec"].get("clusterIPs", ()) if ip != "None"]
         return _reached(region, name, found or _pending(f"Service {name} has no cluster address yet."), derp, stun)
     return _reached(region, name, _at_load_balancer(region, name, place), derp, stun)
@@ -134,7 +137,7 @@ def _reached(region: Region, name: str, found: list[str] | Finding, derp: int, s
     own = region.node(name)
     derp, stun = own.derp_port or derp, own.stun_port or stun
     if own.ipv4 or own.ipv6:
-        return Endpoint(own.ipv4 or "none", _canonical(own.ipv6 or "none"), derp, stun)
+        return Endpoint(own.ipv4 or "none", own.ipv6 or "none", derp, stun)
     if isinstance(found, Finding):
         return found
     if not found:
@@ -148,10 +151,6 @@ def _reached(region: Region, name: str, found: list[str] | Finding, derp: int, s
         wanted = " or ".join(region.exposure.families) or "IP"
         return _pending(f"Pod {name} is reached under no {wanted} address yet.")
     return Endpoint(first.get("IPv4", "none"), first.get("IPv6", "none"), derp, stun)
-
-
-def _canonical(text: str) -> str:
-    return str(ipaddress.ip_address(text)) if text != "none" else text
 
 
 def _is_address(text: str) -> bool:

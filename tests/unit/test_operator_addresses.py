@@ -105,6 +105,7 @@ def test_an_external_address_that_is_not_there_is_told() -> None:
         find("HostPort", None, pod("198.18.0.1", node="")),
         find("HostPort", None, pod("198.18.0.1", ports=(0, 0))),
         find("ClusterIP", service()),
+        find("ClusterIP", service(spec={"clusterIPs": ["198.19.0.1"], "type": "NodePort"})),
         find("ClusterIP", service(spec={"clusterIPs": ["None"]})),
         find("LoadBalancer", service()),
         find("LoadBalancer", service(status={"loadBalancer": {"ingress": [{"ip": "none of these"}]}})),

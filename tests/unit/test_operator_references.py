@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import pytest
 from cryptography import x509
@@ -28,7 +28,7 @@ def secret(*hosts: str) -> dict[str, bytes]:
     return {"tls.crt": pair.cert_pem, "tls.key": pair.key_pem}
 
 
-def issued(host: str) -> dict[str, bytes]:
+def issued(host: str, now: datetime = NOW) -> dict[str, bytes]:
     """A certificate that somebody else signed."""
     key = ec.generate_private_key(ec.SECP256R1())
 
@@ -41,8 +41,8 @@ def issued(host: str) -> dict[str, bytes]:
         .issuer_name(name("authority"))
         .public_key(key.public_key())
         .serial_number(1)
-        .not_valid_before(NOW - timedelta(days=1))
-        .not_valid_after(NOW + timedelta(days=1))
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
         .add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False)
         .sign(key, hashes.SHA256())
     )

@@ -44,10 +44,15 @@ def _node(spec: Mapping[str, Any]) -> NodeOptions:
         derp_node_port=spec.get("derpNodePort"),
         stun_node_port=spec.get("stunNodePort"),
         ipv4=spec.get("ipv4"),
-        ipv6=spec.get("ipv6"),
+        ipv6=_canonical(spec.get("ipv6")),
         derp_port=spec.get("derpPort"),
         stun_port=spec.get("stunPort"),
     )
+
+
+def _canonical(text: str | None) -> str | None:
+    """An IPv6 address has many forms; what is none stays for `check` to tell."""
+    return str(ipaddress.ip_address(text)) if text and _version(text) else text
 
 
 def check(region: Region) -> list[str]:
