@@ -111,3 +111,13 @@ def _condition(kind: str, true: bool, found: list[Finding], reason: str, message
 def timestamp(when: datetime) -> str:
     """RFC 3339 in whole seconds, as Kubernetes writes times.  `when` must be in UTC."""
     return when.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def noted_time(item: Mapping[str, Any] | None, annotation: str) -> datetime | None:
+    """The time that an annotation of an object says, None if it says none: people may edit it."""
+    text = ((item or {}).get("metadata", {}).get("annotations") or {}).get(annotation, "")
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return found if found.tzinfo else None

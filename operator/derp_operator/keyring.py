@@ -397,10 +397,12 @@ class _Builder:
 
     def _lost(self, entry: str, pod: str | None) -> None:
         region = self.secret.removesuffix("-keys")
+        what = f"has lost {entry}" if self.data else "is gone"
         sentence = (
-            f"Secret {self.secret} has lost {entry}: restore it from a backup. New keys would change what clients have "
-            f"pinned, so none are made; if you want that, delete the Secret, then the ConfigMaps {region}-settings and "
-            f"{region}-derpmap."
+            f"Secret {self.secret} {what}. Relays that run have a copy and go on, so stop none. Restore it from a "
+            "backup or from a pod (docs/operations.md, Lost keys). New keys would change what clients have pinned, so "
+            f"none are made; if you want that, delete the Secret, the ConfigMaps {region}-settings and "
+            f"{region}-derpmap, then the pods."
         )
         self.problems.append(Problem(sentence, lost=True, pod=pod))
 

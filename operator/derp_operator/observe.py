@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from . import names
 from .apply import Identity, find_unlabelled, read_children
+from .conditions import noted_time
 from .kube import ApiError, Cluster, Object
 from .probe import Answer, Prober, Target
 from .references import Data
@@ -62,11 +63,7 @@ class Seen:
 
     def pinned_since(self, region: Region) -> datetime | None:
         """When the pins in the map were published, None if that is not known."""
-        item = self.live.get(("ConfigMap", names.derp_map(region.name)))
-        try:
-            return datetime.fromisoformat(item["metadata"]["annotations"][names.PINNED_SINCE]) if item else None
-        except (KeyError, TypeError, ValueError):
-            return None
+        return noted_time(self.live.get(("ConfigMap", names.derp_map(region.name))), names.PINNED_SINCE)
 
     def data(self, kind: str, name: str) -> dict[str, bytes] | None:
         """The content of a child, None if it does not exist."""

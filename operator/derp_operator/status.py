@@ -12,7 +12,7 @@ from derper.derpmap import DERPMap, DERPNode
 
 from . import conditions, merge, names
 from .apply import Identity
-from .conditions import Finding, timestamp
+from .conditions import Finding, noted_time, timestamp
 from .layout import region_id
 from .observe import Seen, is_ready
 from .plan import Node, Plan
@@ -103,8 +103,8 @@ def _shows(answer: Answer, node: Node) -> bool:
 
 
 def _told(pod: Mapping[str, Any], now: datetime) -> bool:
-    since = pod["metadata"].get("annotations", {}).get(names.CONFIG_SINCE)
-    return since is not None and now - datetime.fromisoformat(since) < READING
+    since = noted_time(pod, names.CONFIG_SINCE)
+    return since is not None and now - since < READING
 
 
 def _finding(

@@ -13,7 +13,7 @@ from derp_operator.keyring import mesh_key_lines
 from derp_operator.kube import ApiError, Object
 
 from .controlplane import ControlPlane
-from .world import Recorder, World, condition, world
+from .world import HANG, Recorder, World, condition, world
 
 DAY = timedelta(days=1)
 
@@ -101,26 +101,30 @@ async def test_a_mesh_key_is_rotated(berlin: World) -> None:
     assert await map_version(berlin) == version
 
 
-@pytest.mark.parametrize(("status", "lost"), [(500, False), (409, False), (0, True)])
+@pytest.mark.parametrize(("status", "lost"), [(409, False), (0, True)])
 async def test_a_fault_at_any_write_changes_nothing_in_the_end(berlin: World, status: int, lost: bool) -> None:
     """Every write of a rotation fails once, and a fresh operator goes on."""
-    number, text = 0, 0
+    number = 0
     while True:
-        number, text = number + 1, text + 1
+        number += 1
         recorder = Recorder(berlin.kube, number, status=status, lost=lost)
-        await berlin.change(tls={"rotate": f"{text}", "retireAfter": "0s"}, mesh={"rotate": f"{text}"})
-        maps = {json.dumps(await published(berlin))}
-        for _ in range(20):
+        await berlin.change(tls={"rotate": f"{number}", "retireAfter": "0s"}, mesh={"rotate": f"{number}"})
+        maps, still = {json.dumps(await published(berlin))}, 0
+        for _ in range(HANG):
+            before = len(recorder.writes)
             with contextlib.suppress(ApiError):
                 await berlin.reconcile(recorder)
             await berlin.play()
             maps.add(json.dumps(await published(berlin)))
-        assert len(maps) == 2, f"after a fault at write {number}: {recorder.writes[number - 1]}"
-        assert condition(await berlin.region())["status"] == "True"
-        assert {stem.rpartition(".")[2] for stem in await stems(berlin)} == {f"g{text + 1}"}
-        assert len(mesh_key_lines(await berlin.data("Secret", "berlin-keys"))) == 1
+            still = still + 1 if len(recorder.writes) == before else 0
+            if still == 2:
+                break
         if len(recorder.writes) < number:
             break
+        assert len(maps) == 2, f"after a fault at write {number}: {recorder.writes[number - 1]}"
+        assert condition(await berlin.region())["status"] == "True"
+        assert {stem.rpartition(".")[2] for stem in await stems(berlin)} == {f"g{number + 1}"}
+        assert len(mesh_key_lines(await berlin.data("Secret", "berlin-keys"))) == 1
     assert number > 20
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 
 import aiohttp
@@ -30,11 +31,15 @@ async def pods(kube: Kube, where: Where) -> dict[str, Object]:
     return {pod["metadata"]["name"]: pod for pod in found}
 
 
+async def status(pod: Object) -> Object:
+    """What the relay in a pod says of itself."""
+    found: Object = json.loads(await _get(f"http://{pod['status']['podIP']}:{RELAY_METRICS}/status"))
+    return found
+
+
 async def server_key(kube: Kube, pod: str, namespace: str) -> str:
     """The public key that a relay shows to its clients."""
-    address = (await kube.get("pod", pod, namespace))["status"]["podIP"]
-    async with aiohttp.ClientSession() as session, session.get(f"http://{address}:{RELAY_METRICS}/status") as answer:
-        return str((await answer.json())["serverKey"])
+    return str((await status(await kube.get("pod", pod, namespace)))["serverKey"])
 
 
 async def scale_operator(kube: Kube, replicas: int) -> None:

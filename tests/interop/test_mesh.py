@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 
+from derper.wire.keys import MeshKey
+
 from .conftest import MakeMember, Relays
 from .metrics import counted
 from .peers import GoClients, StockClient
 from .pki import Authority
 from .processes import HANG, Event
-from .region import Region
+from .region import Node, Region
 from .relays import Relay, derp_map
 
 DISCONNECTED, NOT_HERE = 0, 1
@@ -119,6 +121,28 @@ async def test_a_client_that_moves_is_followed(mesh: Mesh, clients: GoClients) -
         mover = await clients.dial(**mesh.dial_options(name), private_key=private_key)
         await deliver(sender, mover, name.encode())
         await mover.close()
+
+
+def has_mesh_keys(*keys: str) -> Callable[[dict[str, Any]], bool]:
+    """Whether these are in force, as a relay says."""
+    marks = [MeshKey.parse(key).fingerprint() for key in keys]
+    return lambda status: status["meshKeys"] == {"current": marks[0], "accepted": marks}
+
+
+async def test_rotating_the_mesh_key_drops_no_link(mesh: Mesh, clients: GoClients) -> None:
+    """Of one relay among others that know only the old key, stock ones among them: what stands keeps standing."""
+    node = mesh.relays["settings"]
+    assert isinstance(node, Node)
+    on = {name: await clients.dial(**mesh.dial_options(name)) for name in mesh.relays}
+    since = {name: link["since"] for name, link in (await node.status())["mesh"].items()}
+    old, new = mesh.mesh_key, secrets.token_hex(32)
+    for keys in ([old, new], [new, old], [new]):
+        node.workdir.joinpath("mesh.key").write_text("".join(f"{key}\n" for key in keys))
+        await node.until(has_mesh_keys(*keys))
+        assert {name: link["since"] for name, link in (await node.status())["mesh"].items()} == since
+        for name in ("stock", "flags"):
+            await deliver(on[name], on["settings"], keys[0].encode())
+            await deliver(on["settings"], on[name], keys[0].encode())
 
 
 @pytest.mark.parametrize("name", ["stock", "flags", "settings"])

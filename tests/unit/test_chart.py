@@ -147,7 +147,11 @@ COMBINATIONS: dict[str, Object] = {
     "everything on": {
         "replicas": 2,
         "networkPolicy": {"enabled": True, "from": [{"namespaceSelector": {}}]},
-        "monitoring": {"operator": {"enabled": True, "labels": {"a": "b"}}, "relays": {"enabled": True}},
+        "monitoring": {
+            "operator": {"enabled": True, "labels": {"a": "b"}},
+            "relays": {"enabled": True},
+            "alerts": {"enabled": True, "labels": {"a": "b"}},
+        },
         "imagePullSecrets": [{"name": "pull"}],
         "podAnnotations": {"a": "b"},
         "podLabels": {"c": "d"},
@@ -307,12 +311,17 @@ def test_the_crd_is_the_one_in_crds(render: Render) -> None:
 
 def test_extras_come_when_asked_for(render: Render) -> None:
     kinds = {item["kind"] for item in render()}
-    assert kinds.isdisjoint({"PodDisruptionBudget", "NetworkPolicy", "ServiceMonitor", "PodMonitor"})
+    assert kinds.isdisjoint({"PodDisruptionBudget", "NetworkPolicy", "ServiceMonitor", "PodMonitor", "PrometheusRule"})
     objects = render(**COMBINATIONS["everything on"])
     assert one(objects, "PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
     assert one(objects, "NetworkPolicy")["spec"]["ingress"][0]["from"] == [{"namespaceSelector": {}}]
     assert one(objects, "ServiceMonitor")["metadata"]["labels"]["a"] == "b"
     assert one(objects, "PodMonitor")["spec"]["namespaceSelector"] == {"any": True}
+    rule = one(objects, "PrometheusRule")
+    assert rule["metadata"]["labels"]["a"] == "b"
+    operations = (ROOT / "docs" / "operations.md").read_text()
+    for alert in rule["spec"]["groups"][0]["rules"]:
+        assert f"`{alert['expr']}`" in operations, alert
     narrow = render(watchNamespaces=["derp"], monitoring={"relays": {"enabled": True}})
     assert one(narrow, "PodMonitor")["spec"]["namespaceSelector"] == {"matchNames": ["derp"]}
 

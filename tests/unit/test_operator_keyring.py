@@ -85,6 +85,8 @@ def test_a_lost_secret_is_lost_for_known_nodes() -> None:
     assert not found.data
     assert {problem.lost for problem in found.problems} == {True}
     assert found.problems[0].pod is None
+    assert found.problems[0].sentence.startswith("Secret berlin-keys is gone. Relays that run have a copy and go on")
+    assert len({problem.sentence for problem in found.problems}) == 1, "said once"
 
 
 @pytest.mark.parametrize(

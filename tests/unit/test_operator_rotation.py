@@ -240,6 +240,7 @@ def test_a_rotation_from_begin_to_end(stage: Stage) -> None:
     assert len(stage.stems()) == 6
     stage.look()
     assert len(stage.stems()) == 6, "the relays still serve it"
+    assert stage.listed() == ["berlin-0.g2"], "and it does not come back"
     stage.settle()
     assert stage.stems() == {f"berlin-{n}.g2" for n in range(3)}
     assert not stage.found
@@ -395,6 +396,18 @@ def test_the_clock_of_the_map_begins_anew_when_the_annotation_is_lost(stage: Sta
     stage.now += DAY
     stage.settle()
     assert "berlin-0.g1" not in stage.listed()
+
+
+@pytest.mark.parametrize("text", ["yesterday", "", "2026-11-22", "2026-11-22T12:00:00"])
+def test_times_that_somebody_edited_are_no_times(stage: Stage, text: str) -> None:
+    stage.change(tls={"rotate": "one"})
+    stage.settle()
+    stage.live["ConfigMap", "berlin-derpmap"]["metadata"]["annotations"] = {names.PINNED_SINCE: text}
+    for item in stage.pods.values():
+        item["metadata"]["annotations"] = {names.CONFIG_SINCE: text}
+    stage.settle()
+    assert "berlin-0.g1" in stage.listed()
+    assert stage.status["rotation"]["retireAt"] > "2026-11-23"
 
 
 def test_nodes_that_come_and_go_do_not_put_off_the_end(stage: Stage) -> None:
@@ -586,6 +599,25 @@ def test_by_address_certificates_are_swapped_and_the_map_follows() -> None:
     assert len(stage.maps) == 2
     assert stage.stems() == {f"berlin-{n}.{end}" for n in range(3) for end in ("g2", f"ip-198.18.255.{n}.g2")}
     assert stage.status["rotation"]["certificates"] == "one"
+
+
+def test_peers_that_have_not_read_who_is_who_still_find_what_they_know() -> None:
+    """In these modes no client has the generated names, and the ones before go as soon as all relays have read."""
+    stage = Stage(tls={"hostName": "Address"})
+    stage.settle()
+    stage.change(tls={"hostName": "Address", "rotate": "one"})
+    stage.look()
+    stage.kubelets()
+    stage.stuck.add("berlin-1")
+    for _ in range(20):
+        stage.look()
+        stage.kubelets()
+        stage.every_peer_finds_its_certificate()
+        stage.now += timedelta(seconds=1)
+    assert "berlin-0.g1" in stage.listed()
+    stage.stuck.clear()
+    stage.settle()
+    assert "berlin-0.g1" not in stage.stems()
 
 
 def test_by_address_a_relay_that_is_late_holds_up_the_map_for_seconds_only() -> None:
