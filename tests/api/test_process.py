@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
@@ -238,3 +239,77 @@ async def test_missing_rights_end_the_process_in_one_sentence(
     assert "stopping: a watch cannot go on: " in log
     assert "is forbidden: User" in log
     assert "Traceback" not in log
+
+
+class Way:
+    """The way to the API server, which can be closed: what is on it breaks, and nobody gets on it."""
+
+    def __init__(self, api: ControlPlane) -> None:
+        self._api = urlsplit(api.url)
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._server: asyncio.Server | None = None
+        self.port = _free_port()
+
+    async def open(self) -> None:
+        self._server = await asyncio.start_server(self._pass_on, "127.0.0.1", self.port)
+
+    async def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for writer in self._writers:
+            writer.transport.abort()
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there = await asyncio.open_connection(self._api.hostname, self._api.port)
+        self._writers |= {writer, there[1]}
+        with contextlib.suppress(OSError):
+            await asyncio.gather(_copy(reader, there[1]), _copy(there[0], writer))
+        self._writers -= {writer, there[1]}
+
+    def kubeconfig(self, api: ControlPlane, path: Path) -> Path:
+        config = yaml.safe_load(api.kubeconfig.read_text())
+        server = {"server": f"https://127.0.0.1:{self.port}", "insecure-skip-tls-verify": True}
+        config["clusters"][0]["cluster"] = server  # the certificate is for the API server's own address
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(1 << 16):
+        writer.write(data)
+        await writer.drain()
+    writer.close()
+
+
+async def test_an_operator_without_api_server_ends_once_and_waits(
+    api: ControlPlane, berlin: World, start: Start, tmp_path: Path
+) -> None:
+    """It cannot hold its lease, so it must not go on; the next one waits, and does what there is to do."""
+    way = Way(api)
+    kubeconfig = way.kubeconfig(api, tmp_path / "kubeconfig")
+    options = (f"--lease-namespace={berlin.namespace}", f"--namespace={berlin.namespace}")
+    await way.open()
+    try:
+        first = start(*options, kubeconfig=kubeconfig)
+        await eventually(first.ready)
+        await berlin.create()
+        await eventually(exists(berlin, "StatefulSet", "berlin"))
+        await way.close()
+        assert await asyncio.to_thread(first.process.wait, HANG) == 1
+        assert "stopping: " in first.log.read_text()
+        assert "Traceback" not in first.log.read_text()
+
+        await berlin.remove("ConfigMap", "berlin-settings")
+        second = start(*options, kubeconfig=kubeconfig)
+
+        async def waits() -> bool:
+            return "waiting: " in second.log.read_text()
+
+        await eventually(waits)
+        assert (await second.get("/healthz"))[0] == 200, "a restart would not help"
+        await way.open()
+        await eventually(exists(berlin, "ConfigMap", "berlin-settings"))
+        assert second.end() == 0
+        assert "Traceback" not in second.log.read_text()
+    finally:
+        await way.close()

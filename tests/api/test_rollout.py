@@ -11,6 +11,9 @@ import pytest
 from derp_operator import names
 from derp_operator.kube import ApiError, Object
 from derp_operator.observe import is_ready
+from derp_operator.probe import Answer, Target
+
+from derper import certs
 
 from .controlplane import ControlPlane
 from .world import HANG, Recorder, World, condition, revision, world
@@ -222,15 +225,34 @@ async def test_kubectl_rollout_restart(api: ControlPlane, berlin: World) -> None
     assert "kubectl.kubernetes.io/restartedAt" in owner["spec"]["template"]["metadata"]["annotations"]
 
 
-async def test_files_that_only_a_new_pod_can_have_hold_up_nothing(berlin: World) -> None:
+@pytest.mark.parametrize("there", [False, True])
+async def test_files_that_only_a_new_pod_can_have_hold_up_nothing(
+    berlin: World, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
     """Old pods lack the volume with the new certificates: they are asked for what the map has promised."""
+    plain = berlin.relays.ask
+
+    async def ask(target: Target) -> Answer:
+        pod = await berlin.get("Pod", target.pod)
+        mounted = any(volume["name"] == "tls-0" for volume in pod["spec"]["volumes"])
+        known = mounted or not target.host_name.endswith(".example.com")
+        return await plain(target) if known else Answer(("TLS on port 8443 fails (unrecognized name)",))
+
     await settled(berlin)
-    promised = {pod: target.host_name for pod, target in berlin.relays.asked.items()}
-    tls = {"hostName": "Template", "hostNameTemplate": "{pod}.example.com", "certificates": [{"secretName": "none"}]}
+    monkeypatch.setattr(berlin.relays, "ask", ask)
+    if there:
+        pair = certs.self_signed([f"berlin-{number}.example.com" for number in range(3)], now=berlin.now())
+        data = {"tls.crt": pair.cert_pem.decode(), "tls.key": pair.key_pem.decode()}
+        meta = {"name": "own", "namespace": berlin.namespace}
+        await berlin.kube.create({"apiVersion": "v1", "kind": "Secret", "metadata": meta, "stringData": data})
+    tls = {"hostName": "Template", "hostNameTemplate": "{pod}.example.com", "certificates": [{"secretName": "own"}]}
     await berlin.change(tls=tls)
     assert len(await roll(berlin, Recorder(berlin.kube))) == 3
-    assert {pod: target.host_name for pod, target in berlin.relays.asked.items()} == promised
-    assert condition(await berlin.region())["reason"] == "SecretNotFound"
+    assert condition(await berlin.region())["reason"] == ("AllNodesReady" if there else "SecretNotFound")
+    region = await berlin.region()
+    assert region["status"]["nodes"][0]["hostName"] == (
+        "berlin-0.example.com" if there else "berlin-0-g1.derp.internal"
+    )
 
 
 async def test_a_paused_region_keeps_its_pods(berlin: World) -> None:
@@ -308,6 +330,7 @@ async def test_an_operator_that_comes_late_waits_no_less(berlin: World) -> None:
     calm = Recorder(berlin.kube)
     await berlin.reconcile(calm)
     assert calm.writes[0] == ("apply", "ConfigMap", "berlin-derpmap")
+    assert ("apply", "StatefulSet", "berlin") not in calm.writes
     assert ("status", names.KIND, "berlin") in calm.writes
     await berlin.change(replicas=5)
     await berlin.settle()
