@@ -36,6 +36,14 @@ def in_force(manifest: Mapping[str, Any], live: Mapping[str, Any], manager: str)
     return _matches(wanted, live, record)
 
 
+def owns(live: Mapping[str, Any], manager: str, *path: str) -> bool:
+    """Whether a field is as `manager` applied it: a change by anybody else takes it from the record."""
+    record = _record(live, manager)
+    for name in path:
+        record = None if record is None else record.get(f"f:{name}")
+    return record is not None
+
+
 def _record(live: Mapping[str, Any], manager: str) -> Mapping[str, Any] | None:
     for entry in live["metadata"].get("managedFields", ()):
         if entry.get("manager") == manager and entry.get("operation") == "Apply" and not entry.get("subresource"):

@@ -4,8 +4,8 @@ No region owns them alone, so no region's pass writes them.  One pass for a name
 merged, in one list with the merged ones themselves: what it writes follows from one moment, and a write that comes too
 late conflicts.  It runs when one of these maps changes, which is seldom, and needs two reads however many there are.
 
-A region leaves a merged map when it says so or is deleted.  As long as its own map is missing or cannot be read, what
-the merged map has of it stays.
+A region leaves a merged map when it says so or is deleted.  As long as its own map is missing, or was edited by hand,
+what the merged map has of it stays.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from derper.derpmap import DERPMap, DERPRegion
+from derper.derpmap import DERPMap, DERPRegion, MapError, from_json
 
 from . import conditions, names
 from .conditions import Finding
-from .diff import in_force
+from .diff import in_force, owns
 from .kube import ApiError, Cluster, Object
-from .publish import nodes_of, parsed
+from .publish import nodes_of
 from .spec import MAX_REPLICAS, Region, merge_targets
 
 RESYNC: Final = 600.0
@@ -111,7 +111,7 @@ def members(
         part = published.get(meta["uid"])
         if meta.get("deletionTimestamp") or not (part or name in merge_targets(spec.get("map") or {})):
             continue
-        own = _regions(part)
+        own = _regions(part) if part and owns(part, names.MANAGER, "data", names.MAP_JSON) else []
         if not own and meta["uid"] in inside:
             own = _known(_regions(stands), int(spec.get("regionID", 0)))
         found.append(Member(meta["name"], meta["uid"], own))
@@ -218,8 +218,11 @@ def _known(regions: Iterable[DERPRegion], region_id: int) -> list[DERPRegion]:
 
 
 def _content(item: Mapping[str, Any] | None) -> DERPMap | None:
-    """The map in a ConfigMap, from the form with more regions."""
-    return max(parsed((item or {}).get("data") or {}), key=lambda each: len(each.regions), default=None)
+    """The map in a ConfigMap.  YAML takes long to read, and says the same."""
+    try:
+        return from_json((item or {}).get("data", {}).get(names.MAP_JSON, ""))
+    except MapError:
+        return None
 
 
 def _regions(item: Mapping[str, Any] | None) -> list[DERPRegion]:

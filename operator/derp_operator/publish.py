@@ -107,19 +107,14 @@ def read(region: Region, data: Mapping[str, str] | None) -> DERPMap | None:
 
     The two differ only if somebody edited one: what was taken out there is still promised to clients.
     """
-    best = max(parsed(data or {}), key=lambda form: len(nodes_of(region, form)), default=None)
-    return best if nodes_of(region, best) else None
-
-
-def parsed(data: Mapping[str, str]) -> list[DERPMap]:
-    """The forms of the map in a ConfigMap's data that can be read."""
     forms = []
     for key, parse in ((names.MAP_JSON, from_json), (names.MAP_YAML, from_yaml)):
         try:
-            forms.append(parse(data[key]))
+            forms.append(parse((data or {})[key]))
         except (KeyError, MapError):
             continue
-    return forms
+    best = max(forms, key=lambda form: len(nodes_of(region, form)), default=None)
+    return best if nodes_of(region, best) else None
 
 
 def nodes_of(region: Region, derpmap: DERPMap | None) -> dict[str, DERPNode]:

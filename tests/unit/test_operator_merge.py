@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from derp_operator import names
 from derp_operator.merge import Merged, findings, holds, members, merge_maps, render
-from derp_operator.publish import Candidate, parsed, publish
+from derp_operator.publish import Candidate, publish
 from derp_operator.render.config import derp_maps
 from derp_operator.spec import InvalidSpec, Region
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from derper.derpmap import DERPMap, DERPRegion
+from derper.derpmap import DERPMap, DERPRegion, from_json
 
 from .operatorkit import Object, resource
 from .operatorkit import region as region_of
@@ -47,12 +47,14 @@ def part(item: Object) -> Object:
     assert derpmap
     manifest = derp_maps(region, derpmap)[0]
     manifest["metadata"]["ownerReferences"][0]["uid"] = item["metadata"]["uid"]
+    fields: Object = {"f:data": {f"f:{key}": {} for key in manifest["data"]}}
+    record = {"manager": names.MANAGER, "operation": "Apply", "fieldsV1": fields}
+    manifest["metadata"]["managedFields"] = [record]
     return manifest
 
 
 def content(item: Object) -> DERPMap:
-    found, *_ = parsed(item["data"])
-    return found
+    return from_json(item["data"][names.MAP_JSON])
 
 
 def merged(regions: list[Object], parts: list[Object], stands: Object | None = None) -> Merged:
@@ -82,8 +84,6 @@ def built(world: list[tuple[int, int, bool, bool]]) -> tuple[list[Object], list[
         for number, (region_id, age, apart, _) in enumerate(world)
     ]
     parts = [part(item) for item, (*_, stands) in zip(regions, world, strict=True) if stands]
-    for item in parts:
-        del item["data"][names.MAP_YAML]  # slow to read, and not needed
     return regions, parts
 
 
@@ -141,7 +141,9 @@ def test_a_map_that_is_missing_or_broken_stays_as_it_was() -> None:
     one, two = derp_region("one", 900, map={"layout": "RegionPerNode"}), derp_region("two", 910)
     stands = config_map(merged([one, two], [part(one), part(two)]))
     broken = part(one) | {"data": {names.MAP_JSON: "{", names.MAP_YAML: ""}}
-    for parts in ([part(two)], [part(two), broken]):
+    edited = part(one) | {"data": {names.MAP_JSON: DERPMap(regions={900: content(part(one)).regions[900]}).to_json()}}
+    edited["metadata"]["managedFields"] = []
+    for parts in ([part(two)], [part(two), broken], [part(two), edited]):
         assert config_map(merged([one, two], parts, stands)) == stands
 
 
