@@ -80,7 +80,9 @@ def collide(left: DERPMap, right: Mapping[int, DERPRegion]) -> bool:
 
 def built(world: list[tuple[int, int, bool, bool]]) -> tuple[list[Object], list[Object]]:
     regions = [
-        derp_region(f"r{number}", region_id, age=age, map={"layout": "RegionPerNode" if apart else "Region"})
+        derp_region(
+            f"r{number}-{region_id}", region_id, age=age, map={"layout": "RegionPerNode" if apart else "Region"}
+        )
         for number, (region_id, age, apart, _) in enumerate(world)
     ]
     parts = [part(item) for item, (*_, stands) in zip(regions, world, strict=True) if stands]
@@ -109,7 +111,7 @@ def test_any_history_keeps_the_promise(history: list[list[tuple[int, int, bool, 
             assert (name in inside) != (name in found.left_out)
         for name, rival in found.left_out.items():
             assert rival in inside
-            if f"uid-{name}" in before:
+            if name in published and f"uid-{name}" in before:
                 stayed = {each for each in inside if f"uid-{each}" in before}
                 assert any(collide(published[name], inside[each]) for each in stayed), "who was there stays"
         if found.members:
