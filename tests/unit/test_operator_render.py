@@ -180,6 +180,12 @@ def test_pods_keep_to_the_restricted_profile(exposure: str) -> None:
     assert ports == ([443, 3478, None] if exposure == "HostPort" else [None] * 3)
 
 
+def test_a_relay_that_hangs_is_not_given_time_to_drain() -> None:
+    probe = container()["livenessProbe"]
+    assert probe["terminationGracePeriodSeconds"] == 1
+    assert template()["spec"]["terminationGracePeriodSeconds"] == 60
+
+
 def test_host_ports_need_nodes_of_their_own_and_keep_the_users_affinity() -> None:
     term = "requiredDuringSchedulingIgnoredDuringExecution"
     user = {"podAntiAffinity": {term: [{"topologyKey": "zone"}]}, "nodeAffinity": {term: {"nodeSelectorTerms": []}}}

@@ -115,7 +115,8 @@ def _container(region: Region, image: str) -> dict[str, Any]:
                 "readOnlyRootFilesystem": True,
             },
             "startupProbe": _probe("/healthz", 1, 60),
-            "livenessProbe": _probe("/healthz", 10, 3),
+            # One that hangs does not drain either: its clients wait until it is gone.
+            "livenessProbe": _probe("/healthz", 5, 3) | {"terminationGracePeriodSeconds": 1},
             "readinessProbe": _probe("/readyz", 2, 1),
             "volumeMounts": [
                 {"name": volume["name"], "mountPath": path, "readOnly": True}
