@@ -106,7 +106,9 @@ def is_map(where: Where, change: Change) -> bool:
 class Clients:
     """Six clients of one region, spread over its relays, and a control server that hands them every published map."""
 
-    def __init__(self, net: TailnetHarness, journal: Journal, meter: DropMeter, kube: Kube, where: Where) -> None:
+    def __init__(
+        self, net: TailnetHarness, journal: Journal, meter: DropMeter, kube: Kube, where: Where, first: Object
+    ) -> None:
         self.net = net
         self._journal = journal
         self._meter = meter
@@ -114,7 +116,7 @@ class Clients:
         self._where = where
         self._read = 0
         self._since = 0
-        self._maps: dict[str, Object] = {}
+        self._maps = dict.fromkeys(NAMES, first)
         self._handed = 0
         self._news = asyncio.Event()
 
@@ -128,7 +130,8 @@ class Clients:
             DropMeter(journal) as meter,
             TailnetHarness(peers.peers, derp_map, workdir, names=NAMES) as net,
         ):
-            clients = cls(net, journal, meter, kube, where)
+            clients = cls(net, journal, meter, kube, where, derp_map)
+            await clients._hand_out(derp_map)
             task = asyncio.create_task(clients._follow())
             try:
                 yield clients
@@ -148,13 +151,16 @@ class Clients:
             await self._hand_out(map_in(change.object))
 
     async def _hand_out(self, derp_map: Object) -> None:
+        """Returns when those whose map has changed have connected anew, as they must."""
         maps = {name: turned(derp_map, number) for number, name in enumerate(NAMES)}
-        changed = self._maps != maps
-        if changed and self._maps:
+        changed = [name for name in NAMES if maps[name] != self._maps[name]]
+        if changed:
+            before = {name: len(self.net.nodes[name].connects) for name in changed}
+            await self.net.set_maps(maps)
+            for name in changed:
+                await self._has_connected(name, before[name])
             self._handed += 1
         self._maps = maps
-        if changed:
-            await self.net.set_maps(maps)
         self._news.set()
         self._news.clear()
 
@@ -165,16 +171,28 @@ class Clients:
 
     async def has_map(self, derp_map: Object) -> None:
         """Wait until the clients have been handed this map."""
-        while not self._maps or self._maps[NAMES[0]] != derp_map:
-            await self._news.wait()
+        async with asyncio.timeout(3 * HANG):
+            while self._maps[NAMES[0]] != derp_map:
+                await self._news.wait()
+
+    async def has_another_map_than(self, derp_map: Object) -> Object:
+        """Wait until the clients have been handed one; returns it."""
+        async with asyncio.timeout(3 * HANG):
+            while self._maps[NAMES[0]] == derp_map:
+                await self._news.wait()
+        return self._maps[NAMES[0]]
 
     async def reconnect(self, name: str) -> None:
         """Let a client connect anew, and wait until it has."""
-        node = self.net.nodes[name]
-        before = len(node.connects)
+        before = len(self.net.nodes[name].connects)
         await self.net.reconnect(name)
+        await self._has_connected(name, before)
+
+    async def _has_connected(self, name: str, before: int) -> None:
+        """Wait until a client has connected more often than `before`."""
+        node = self.net.nodes[name]
         async with asyncio.timeout(HANG):
-            while len(node.connects) == before:
+            while len(node.connects) <= before:
                 node.relay_changed.clear()
                 await node.relay_changed.wait()
 
