@@ -85,8 +85,7 @@ class Draft:
     @property
     def published_pods(self) -> dict[str, DERPNode]:
         """The nodes of the map that stands, by pod."""
-        numbered = {names.node_name(self.region.region_id, number): pod for number, pod in enumerate(self.region.pods)}
-        return {numbered[name]: node for name, node in self.published.items()}
+        return _by_pod(self.region, self.published)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +119,13 @@ def prepare(region: Region, seen: Seen, now: datetime, maker: Maker) -> Draft:
         seen.data("Secret", names.keys_secret(region.name)),
         members,
         known,
-        {pod: item.host for pod, item in endpoints.items()} if region.tls.host_name == "Address" else {},
+        _addresses(region, endpoints, _by_pod(region, published)),
         now,
         maker,
         Wishes(region.tls.rotate, region.mesh.rotate, region.tls.lifetime, region.tls.renew_before),
     )
     current = {pod: keys.current for pod, keys in ring.nodes.items()}
-    hosts, _ = _host_names(region, seen, current, endpoints, now)
+    hosts, _ = _host_names(region, seen, current, now)
     return Draft(region, seen, members, ring, recorded, published, known, found, hosts)
 
 
@@ -136,13 +135,12 @@ def plan(draft: Draft, answers: Mapping[str, Answer], now: datetime) -> Plan:
     relays = Relays(seen.pods, answers, _digest(region, seen), now)
     taken = turn(region, ring, relays, draft.known, published, seen.pinned_since(region))
     endpoints = {pod: item for pod, item in draft.found.items() if isinstance(item, Endpoint)}
-    unsure = set(region.pods) - set(endpoints) if region.tls.host_name == "Address" else set()
-    hosts, findings = _host_names(region, seen, taken.current, endpoints, now)
+    hosts, findings = _host_names(region, seen, taken.current, now)
     data, record, waits = mesh_keys(ring, draft.members, relays)
     return Plan(
         members=draft.members,
         ring=ring,
-        keys=without(data, retired(ring, taken, relays, draft.known, published, unsure)),
+        keys=without(data, retired(ring, taken, relays, draft.known, published)),
         settings=_settings(region, draft.members, ring, taken, draft.recorded),
         nodes=[_node(region, pod, hosts.get(pod), endpoints.get(pod), published.get(pod)) for pod in region.pods],
         published=draft.published,
@@ -174,6 +172,19 @@ def published_map(region: Region, seen: Seen) -> DERPMap | None:
     return read(region, {key: value.decode() for key, value in data.items()} if data else None)
 
 
+def _by_pod(region: Region, published: Mapping[str, DERPNode]) -> dict[str, DERPNode]:
+    numbered = {names.node_name(region.region_id, number): pod for number, pod in enumerate(region.pods)}
+    return {numbered[name]: node for name, node in published.items()}
+
+
+def _addresses(region: Region, endpoints: Mapping[str, Endpoint], published: Mapping[str, DERPNode]) -> dict[str, str]:
+    """In mode Address, what each node's certificate is for: the address that clients know while none is known here."""
+    if region.tls.host_name != "Address":
+        return {}
+    last = {pod: node.host_name for pod, node in published.items() if certs.ip_address_of(node.host_name)}
+    return last | {pod: item.host for pod, item in endpoints.items()}
+
+
 def _known(region: Region, recorded: Mapping[str, Any], published: Mapping[str, DERPNode]) -> dict[str, Known]:
     """Pods whose keys others rely on: peers through the settings, clients through the map."""
     found = {}
@@ -200,7 +211,7 @@ def _endpoint(region: Region, seen: Seen, pod: str, published: Mapping[str, DERP
 
 
 def _host_names(
-    region: Region, seen: Seen, current: Mapping[str, Generation], endpoints: Mapping[str, Endpoint], now: datetime
+    region: Region, seen: Seen, current: Mapping[str, Generation], now: datetime
 ) -> tuple[Mapping[str, HostName], list[Finding]]:
     findings = []
     clients = references.clients_finding(region, seen.clients)
@@ -210,7 +221,7 @@ def _host_names(
         hosts, wrong = references.host_names(region, seen.secrets, now)
         return hosts, findings + wrong
     if region.tls.host_name == "Address":
-        served = {pod: keys.address for pod, keys in current.items() if pod in endpoints and keys.address}
+        served = {pod: keys.address for pod, keys in current.items() if keys.address}
     else:
         served = {pod: keys.mesh for pod, keys in current.items()}
     return {

@@ -148,17 +148,12 @@ def retired(
     relays: Relays,
     known: Mapping[str, Known],
     published: Mapping[str, DERPNode],
-    unsure: Iterable[str],
 ) -> set[str]:
-    """The stems that nobody has a use for: no settings name them, no relay serves them, no client knows them.
-
-    `unsure` are pods whose address is not known now.
-    """
+    """The stems that nobody has a use for: no settings name them, no relay serves them, no client knows them."""
     stems = {match[1]: match[2] for entry in ring.data if (match := _STEM.fullmatch(entry))}
     used = {item.stem for items in taken.served.values() for item in items}
     used |= {item.stem for keys in ring.nodes.values() for item in (keys.newest.mesh, keys.newest.address) if item}
     used |= {stem for item in known.values() for stem in item.stems or ()}
-    used |= {stem for stem, pod in stems.items() if pod in unsure and ".ip-" in stem}
     found = {stem for stem, pod in stems.items() if pod in ring.nodes and stem not in used}
     if not found or not relays.current({*ring.nodes, *relays.pods}):
         return set()

@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 from derp_operator import names
 from derp_operator.conditions import Finding
-from derp_operator.keyring import Maker, fingerprint, host_name, mesh_key_lines, system_maker
+from derp_operator.keyring import Certificate, Maker, fingerprint, host_name, mesh_key_lines, system_maker
 from derp_operator.observe import Seen, content
 from derp_operator.plan import Plan, plan, prepare, published_map
 from derp_operator.probe import Answer
 from derp_operator.publish import nodes_of, pinned_since, publish
 from derp_operator.render import Inputs, children
+from derp_operator.rotation import Relays
 from derp_operator.spec import Region
 from derp_operator.status import findings, health, status
 
@@ -653,10 +654,32 @@ def test_certificates_of_addresses_that_a_pod_no_longer_has_go() -> None:
 def test_while_an_address_is_unknown_its_certificate_stays() -> None:
     stage = Stage(tls={"hostName": "Address"})
     stage.settle()
-    before = stage.stems()
+    before, served = stage.stems(), stage.listed("berlin-1")
     stage.pods["berlin-1"]["status"]["hostIPs"] = []
     stage.settle()
-    assert stage.stems() == before
+    assert (stage.stems(), stage.listed("berlin-1")) == (before, served)
+    stage.change(tls={"hostName": "Address", "rotate": "one"})
+    stage.settle()
+    assert stage.listed("berlin-1") == ["berlin-1.ip-198.18.255.1.g2", "berlin-1.g2"]
+    assert (stage.pins()["900b"][0], len(stage.maps)) == ("198.18.255.1", 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "serves"),
+    [
+        ({}, True),
+        ({"shown": {}}, False),
+        ({"shown": {"berlin-0-g2.derp.internal": "another"}}, False),
+        ({"certificates": frozenset({"another"})}, False),
+        ({"settings": ""}, False),
+        ({"settings": "older"}, False),
+    ],
+)
+def test_a_relay_serves_a_certificate_in_all_its_processes_or_not_at_all(change: Object, serves: bool) -> None:
+    item = Certificate("berlin-0.g2", host_name("berlin-0", 2), "pin", NOW, NOW)
+    answer = Answer(settings="digest", shown={item.host_name: "pin"}, certificates=frozenset({"pin", "another"}))
+    relays = Relays({}, {"berlin-0": replace(answer, **change)}, "digest", NOW)
+    assert relays.serves("berlin-0", item) == serves
 
 
 # -- the mesh key
