@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from derp_operator import names
 from derp_operator.render import config_hash, identities
 from derp_operator.render.statefulset import ARGS
 
+from .crdschema import schema
 from .operatorkit import find, manifests, region, resource
+from .test_crd import leaves
 
 Spec = dict[str, Any]
 
@@ -31,6 +34,25 @@ KEEPS: list[Spec] = [
     {"map": {"spread": "5m"}},
     {"map": {"latitude": 1.0, "longitude": 2.0, "noMeasureNoHome": True}},
     {"paused": True},
+    {"exposure": {"type": "NodePort", "nodePort": {"addressType": "InternalIP"}}},
+    {"exposure": {"type": "ClusterIP", "clusterIP": {"derpPort": 1, "stunPort": 2, "annotations": {"a": "b"}}}},
+    {
+        "exposure": {
+            "type": "LoadBalancer",
+            "loadBalancer": {
+                "stunPort": 1,
+                "loadBalancerClass": "example.com/a",
+                "annotations": {"a": "b"},
+                "externalTrafficPolicy": "Cluster",
+            },
+        }
+    },
+    {"tls": {"lifetime": "48h", "renewBefore": "1h", "retireAfter": "2h", "rotate": "now"}},
+    {"mesh": {"rotate": "now"}},
+    {"rebalance": {"clientsPerMinute": 6}},
+    {"limits": {"acceptConnectionsPerSecond": 1, "acceptBurst": 2, "clientBytesPerSecond": 3, "clientBurstBytes": 4}},
+    {"map": {"layout": "RegionPerNode", "firstRegionID": 910, "nodeOrder": "Rotated", "mergeInto": "all"}},
+    {"map": {"consumers": [{"name": "a", "layout": "RegionPerNode", "nodeOrder": "ByOrdinal", "mergeInto": "all"}]}},
     {"pod": {"serviceAccountAnnotations": {"a": "b"}}},
     {"override": {"service": {"spec": {"sessionAffinity": "ClientIP"}}}},
     {"override": {"statefulSet": {"metadata": {"annotations": {"a": "b"}}}}},
@@ -43,6 +65,16 @@ KEEPS: list[Spec] = [
     {"exposure": {"type": "LoadBalancer"}, "nodes": [{"ordinal": 0, "loadBalancerIP": "192.0.2.1"}]},
 ]
 ZONES = {"maxSkew": 1, "topologyKey": "topology.kubernetes.io/zone", "whenUnsatisfiable": "DoNotSchedule"}
+HOST_PORT: Spec = {"exposure": {"type": "HostPort"}}
+TEMPLATE: Spec = {
+    "tls": {"hostName": "Template", "hostNameTemplate": "{pod}.example.com", "certificates": [{"secretName": "a"}]}
+}
+KEEPS_ON: list[tuple[Spec, Spec]] = [
+    (HOST_PORT, {"exposure": {"type": "HostPort", "hostPort": {"addressType": "ExternalIP"}}}),
+    (HOST_PORT, {"exposure": {"type": "HostPort", "hostPort": {"addressLabel": "example.com/ip"}}}),
+    (TEMPLATE, {"tls": TEMPLATE["tls"] | {"hostNameTemplate": "{pod}.example.org", "pin": "Always"}}),
+    (TEMPLATE, {"nodes": [{"ordinal": 0, "hostName": "relay.example.com"}]}),
+]
 # .. and these are in the pods themselves.
 ROLLS: list[Spec] = [
     {"image": "derper:2"},
@@ -51,6 +83,8 @@ ROLLS: list[Spec] = [
     {"exposure": {"type": "HostPort"}},
     {"tls": {"hostName": "Template", "hostNameTemplate": "{pod}.example.com", "certificates": [{"secretName": "a"}]}},
     {"clients": {"keysFrom": {"configMapKeyRef": {"name": "clients", "key": "keys"}}}},
+    {"clients": {"keysFrom": {"secretKeyRef": {"name": "clients", "key": "keys"}}}},
+    {"exposure": {"type": "HostPort", "hostPort": {"derpPort": 8443, "stunPort": 3479}}},
     {"pod": {"resources": {"limits": {"memory": "1Gi"}}}},
     {"pod": {"nodeSelector": {"a": "b"}}},
     {"pod": {"tolerations": [{"operator": "Exists"}]}},
@@ -87,6 +121,11 @@ def test_changes_that_leave_running_pods_alone(change: Spec) -> None:
     assert template(**change) == template()
 
 
+@pytest.mark.parametrize(("base", "change"), KEEPS_ON, ids=str)
+def test_changes_of_other_regions_that_leave_running_pods_alone(base: Spec, change: Spec) -> None:
+    assert template(**base | change) == template(**base)
+
+
 @pytest.mark.parametrize("change", ROLLS, ids=str)
 def test_changes_that_replace_the_pods(change: Spec) -> None:
     assert template(**change) != template()
@@ -97,12 +136,26 @@ def test_the_rest_of_a_stateful_set_never_changes(change: Spec) -> None:
     assert rest(**change) == rest()
 
 
-def test_the_matrix_names_every_field_of_the_spec() -> None:
-    known = set(resource()["spec"]) | {key for change in KEEPS + ROLLS for key in change}
-    assert known == {
-        "regionID", "regionCode", "regionName", "replicas", "image", "imagePullPolicy", "imagePullSecrets", "exposure",
-        "tls", "clients", "limits", "map", "pod", "paused", "nodes", "override",
-    }  # fmt: skip
+def fields(value: Any, path: str = "") -> Iterator[str]:
+    """The paths in a spec, as `leaves` gives those of the schema."""
+    if path:
+        yield path
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from fields(item, f"{path}.{key}")
+    elif isinstance(value, list):
+        for item in value:
+            yield from (below for below in fields(item, f"{path}[]") if below != f"{path}[]")
+
+
+def test_the_matrix_has_every_field() -> None:
+    """A new field must say whether it restarts relays."""
+    known = {
+        path
+        for change in [BASE, resource()["spec"], *KEEPS, *ROLLS, *(change for _, change in KEEPS_ON)]
+        for path in fields(change)
+    }
+    assert set(leaves(schema()["properties"]["spec"], "")) - known == set()
 
 
 def test_members_and_keys_leave_the_template_alone() -> None:
