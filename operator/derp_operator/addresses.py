@@ -48,7 +48,7 @@ def endpoint(region: Region, name: str, place: Place) -> Endpoint | Finding:
     """The endpoint of the pod `name`, or what is in the way."""
     kind = region.exposure.type
     if kind == "HostPort":
-        ports = _host_ports(place.pod)  # the spec may have others, which this pod gets when it is replaced
+        ports = host_ports(place.pod)  # the spec may have others, which this pod gets when it is replaced
         if not {"derp", "stun"} <= ports.keys():
             return _pending(f"Pod {name} has no host ports yet.")
         return _reached(region, name, _on_node(region, name, place), ports["derp"], ports["stun"])
@@ -77,7 +77,7 @@ def node_addresses(node: Mapping[str, Any], kind: str) -> list[str]:
     return [item["address"] for item in addresses if item["type"] == kind]
 
 
-def _host_ports(pod: Mapping[str, Any] | None) -> dict[str, int]:
+def host_ports(pod: Mapping[str, Any] | None) -> dict[str, int]:
     """The ports by which a pod is reached on its Node, by name."""
     containers = pod["spec"].get("containers", ()) if pod else ()
     ports = (port for container in containers for port in container.get("ports", ()))

@@ -23,7 +23,8 @@ KINDS: Final = (
 
 REFUSALS: Final = frozenset({400, 403, 413, 422})
 """HTTP statuses that the same request meets again: what the user can do something about, not the operator."""
-_INDEPENDENT: Final = "Service"
+INDEPENDENT: Final = frozenset({"Service", "PodDisruptionBudget", "NetworkPolicy"})
+"""Kinds on which no other child relies."""
 _GUARDED: Final = frozenset({"Secret", "ConfigMap", "StatefulSet"})
 _NO_VERSION: Final = "1"
 """The resourceVersion of no object (etcd's first revision is that of an empty store): with it server-side apply
@@ -65,9 +66,10 @@ async def find_unlabelled(
     return {key: item for key, item in zip(missing, found, strict=True) if item}
 
 
-def taken(region: Region, wanted: Iterable[Identity], live: Live) -> list[Finding]:
+def taken(region: Region, wanted: Iterable[Identity], live: Live) -> dict[Identity, Finding]:
     """A finding for every name that a child needs and an object of somebody else has."""
-    return [_taken(region, key, live[key]) for key in wanted if key in live and not owned(region, key[0], live[key])]
+    foreign = (key for key in wanted if key in live and not owned(region, key[0], live[key]))
+    return {key: _taken(region, key, live[key]) for key in foreign}
 
 
 def _taken(region: Region, key: Identity, item: Mapping[str, Any]) -> Finding:
@@ -93,27 +95,31 @@ class Applied:
     @property
     def whole(self) -> bool:
         """Whether nothing was left out that something else relies on."""
-        return all(kind == _INDEPENDENT for kind, _ in self.refused)
+        return all(kind in INDEPENDENT for kind, _ in self.refused)
 
 
-async def apply(cluster: Cluster, region: Region, manifests: Sequence[Object], live: Live) -> Applied:
+async def apply(
+    cluster: Cluster, region: Region, manifests: Sequence[Object], live: Live, foreign: Mapping[Identity, Finding]
+) -> Applied:
     """Apply in order what differs.  Leaves alone what the region does not own.
 
     Each write names the object it was computed for, so that one that was replaced meanwhile is not touched.  Stops at
-    a refusal, as what follows relies on what came before; but nothing relies on a Service, and ports that move from
-    one to the next get free only by going on.
+    a refusal, as what follows relies on what came before; but nothing relies on what is independent, and ports that
+    move from one Service to the next get free only by going on.  `foreign` are the names that somebody else has.
     """
     result: dict[Identity, Object] = {}
-    refused: dict[Identity, Finding] = {}
+    refused = dict(foreign)
     for manifest in manifests:
         key = identity(manifest)
+        if key in foreign:
+            continue
         try:
             result[key] = await _apply_one(cluster, region, manifest, live.get(key))
         except ApiError as error:
             if error.status not in REFUSALS:
                 raise
             refused[key] = _refused(key, error)
-            if manifest["kind"] != _INDEPENDENT:
+            if manifest["kind"] not in INDEPENDENT:
                 break
     return Applied(result, refused)
 
@@ -166,11 +172,11 @@ def _left_over(region: Region, wanted: Iterable[Identity], live: Live) -> list[I
     ]
 
 
-def pending(region: Region, manifests: Sequence[Object], live: Live) -> list[Identity]:
-    """What `apply` and `prune` would write now."""
+def pending(region: Region, manifests: Sequence[Object], live: Live, kept: Iterable[Identity] = ()) -> list[Identity]:
+    """What `apply` and `prune` would write now; `kept` is what stays besides `manifests`."""
     wanted = {identity(manifest): manifest for manifest in manifests}
     differ = [key for key, manifest in wanted.items() if key not in live or _differs(region, manifest, live[key])]
-    return differ + _left_over(region, wanted, live)
+    return differ + _left_over(region, [*wanted, *kept], live)
 
 
 def _pinned(manifest: Object, live: Mapping[str, Any]) -> Object:

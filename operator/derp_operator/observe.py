@@ -7,13 +7,13 @@ import base64
 import binascii
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final
 
 from . import names
-from .apply import Identity, find_unlabelled, read_children
-from .conditions import noted_time
+from .apply import Identity, find_unlabelled, read_children, taken
+from .conditions import Finding, noted_time
 from .kube import ApiError, Cluster, Object
 from .probe import Answer, Prober, Target
 from .references import Data
@@ -29,7 +29,8 @@ class Seen:
     """One look at the cluster.  `pods` by name, `secrets` those of the user.
 
     `nodes` by name: only readable ones, and None for those that a pod still names but that have gone.  `resolved` is
-    what DNS says about the names of load balancers, `merged` the merged maps that the spec names.
+    what DNS says about the names of load balancers, `merged` the merged maps that the spec names, `foreign` the names
+    of children that somebody else has: their objects are not in `live`.
     """
 
     live: Mapping[Identity, Object]
@@ -39,6 +40,7 @@ class Seen:
     clients: Data
     resolved: Mapping[str, Resolution] = field(default_factory=dict)
     merged: Mapping[str, Object | None] = field(default_factory=dict)
+    foreign: Mapping[Identity, Finding] = field(default_factory=dict)
 
     @property
     def given(self) -> list[Data]:
@@ -91,7 +93,8 @@ async def look(cluster: Cluster, region: Region, resolver: Resolver) -> Seen:
     )
     wanted = identities(region, seen.members(region))
     live.update(await find_unlabelled(cluster, region, wanted, live))
-    return seen
+    foreign = taken(region, wanted, live)
+    return replace(seen, live={key: item for key, item in live.items() if key not in foreign}, foreign=foreign)
 
 
 async def answers(prober: Prober, targets: Iterable[Target]) -> dict[str, Answer]:

@@ -200,6 +200,9 @@ def _known(region: Region, recorded: Mapping[str, Any], published: Mapping[str, 
 
 
 def _endpoint(region: Region, seen: Seen, pod: str, published: Mapping[str, DERPNode]) -> Endpoint | Finding:
+    taken = seen.foreign.get(("Service", pod))
+    if taken:
+        return taken
     running = seen.pods.get(pod)
     name = running["spec"].get("nodeName", "") if running else ""
     node = seen.nodes.get(name)

@@ -17,7 +17,8 @@ from typing import Any, Final
 from derper.derpmap import DERPMap
 
 from . import events, names
-from .apply import REFUSALS, Applied, apply, identity, pending, prune, taken
+from .addresses import host_ports
+from .apply import INDEPENDENT, REFUSALS, Applied, Identity, apply, identity, pending, prune
 from .conditions import READY, Finding, timestamp
 from .departures import departures, refusal, replicas
 from .keyring import Maker
@@ -26,7 +27,7 @@ from .observe import Seen, answers, look
 from .plan import Plan, plan, prepare, published_map
 from .probe import Prober, Reach, reach
 from .publish import nodes_of, pinned_since, publish
-from .render import Inputs, children, config_hash, identities, map_identities
+from .render import Inputs, children, config_hash, map_identities
 from .resolve import Resolver
 from .spec import InvalidSpec, Region, parse
 from .status import Health, Status, blocked, findings, health, is_fresh, paused, rejected, status
@@ -77,10 +78,8 @@ class Reconciler:
 
     async def _pass(self, region: Region, previous: Mapping[str, Any]) -> Status:
         seen = await look(self.cluster, region, self.resolver)
-        wanted = identities(region, seen.members(region))
-        foreign = taken(region, wanted, seen.live)
-        if foreign:
-            return blocked(foreign, region.generation, previous, self.now())
+        if any(kind not in INDEPENDENT for kind, _ in seen.foreign):
+            return blocked(seen.foreign.values(), region.generation, previous, self.now())
         draft = prepare(region, seen, self.now(), self.maker)
         replies = await answers(self.prober, draft.targets)
         planned = plan(draft, replies, self.now())
@@ -88,9 +87,10 @@ class Reconciler:
         derpmap = publish(region, planned.published, [item.candidate for item in nodes])
         count = replicas(region, seen, previous.get("map") or {}, self.now())
         manifests = children(region, self._inputs(region, seen, planned, derpmap, count))
-        refused: Sequence[Finding] = ()
+        refused: Sequence[Finding] = [*seen.foreign.values()]
         if region.paused:
-            refused = paused(pending(region, manifests, seen.live) if _writable(planned) else ())
+            waiting = pending(region, manifests, seen.live, _kept(region, seen)) if _writable(planned) else ()
+            refused = [*refused, *paused(waiting)]
         elif _writable(planned):
             applied = await self._change(region, seen, manifests)
             refused = list(applied.refused.values())
@@ -111,10 +111,9 @@ class Reconciler:
         return Inputs(self.image, planned.members, planned.keys, planned.settings, derpmap, count, since)
 
     async def _change(self, region: Region, seen: Seen, manifests: Sequence[Object]) -> Applied:
-        applied = await apply(self.cluster, region, manifests, seen.live)
+        applied = await apply(self.cluster, region, manifests, seen.live, seen.foreign)
         if applied.whole:
-            wanted = [*map(identity, manifests), *map_identities(region)]  # a map stays until there is a newer one
-            await prune(self.cluster, region, wanted, seen.live)
+            await prune(self.cluster, region, [*map(identity, manifests), *_kept(region, seen)], seen.live)
             await self._touch(region, seen, config_hash(manifests, region, seen.given))
         return applied
 
@@ -198,6 +197,15 @@ class Reconciler:
             return min([RESYNC, *(left for when in due if (left := (when - self.now()).total_seconds()) > 0)])
         since = (self.now() - datetime.fromisoformat(ready["lastTransitionTime"])).total_seconds()
         return SOON if conditions["Progressing"]["status"] == "True" and since < _PATIENCE else LATER
+
+
+def _kept(region: Region, seen: Seen) -> list[Identity]:
+    """What stays though it is not rendered now: maps until there are newer ones, and with HostPort the Services of pods
+    of before, which clients reach no other way.
+    """
+    hosted = region.exposure.type == "HostPort"
+    services = [("Service", name) for name, pod in seen.pods.items() if hosted and not host_ports(pod)]
+    return [*map_identities(region), *services]
 
 
 def _writable(planned: Plan) -> bool:

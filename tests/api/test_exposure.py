@@ -104,6 +104,23 @@ async def test_nodes_say_their_address_in_a_label(berlin: World) -> None:
     assert (await nodes(berlin))[1].ipv6 == "2001:db8::1"
 
 
+async def test_services_stay_until_their_pods_have_host_ports(berlin: World) -> None:
+    await berlin.create()
+    await berlin.settle()
+    before = await berlin.data("ConfigMap", "berlin-derpmap")
+    await berlin.change(exposure={"type": "HostPort"})
+    for _ in range(3):
+        await berlin.reconcile()  # nobody replaces pods
+    for number in range(3):
+        await berlin.get("Service", f"berlin-{number}")
+    assert await berlin.data("ConfigMap", "berlin-derpmap") == before
+    assert condition(await berlin.settle())["status"] == "True"
+    assert {node.derp_port for node in await nodes(berlin)} == {443}
+    for number in range(3):
+        assert await berlin.kube.get("Service", berlin.namespace, f"berlin-{number}") is None
+    assert await quiet(berlin)
+
+
 async def test_nodes_with_something_of_their_own(berlin: World) -> None:
     await berlin.create()
     await berlin.settle()

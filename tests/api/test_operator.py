@@ -158,7 +158,9 @@ def _plural(kind: str) -> str:
     return {"NetworkPolicy": "networkpolicies"}.get(kind, kind.lower() + "s")
 
 
-@pytest.mark.parametrize("child", [("ConfigMap", "berlin-derpmap"), ("Secret", "berlin-keys"), ("Service", "berlin-1")])
+@pytest.mark.parametrize(
+    "child", [("ConfigMap", "berlin-derpmap"), ("Secret", "berlin-keys"), ("ServiceAccount", "berlin")]
+)
 async def test_a_namesake_is_never_taken_over(berlin: World, child: tuple[str, str]) -> None:
     kind, name = child
     labels = names.labels("berlin") if kind == "ConfigMap" else {}  # labels do not make it ours
@@ -167,8 +169,6 @@ async def test_a_namesake_is_never_taken_over(berlin: World, child: tuple[str, s
         "kind": kind,
         "metadata": {"name": name, "namespace": berlin.namespace, "labels": labels},
     }
-    if kind == "Service":
-        foreign["spec"] = {"ports": [{"port": 80}]}
     before = await berlin.kube.create(foreign)
     await berlin.create()
     region = await berlin.settle()
@@ -180,6 +180,40 @@ async def test_a_namesake_is_never_taken_over(berlin: World, child: tuple[str, s
     assert await berlin.kube.get("StatefulSet", berlin.namespace, "berlin") is None
     await berlin.remove(kind, name)
     assert condition(await berlin.settle())["status"] == "True"
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "name", "spec"),
+    [
+        ("Service", "v1", "berlin-1", {"type": "NodePort", "ports": [{"port": 443, "name": "derp"}]}),
+        ("Service", "v1", "berlin-3", {"type": "NodePort", "ports": [{"port": 443, "name": "derp"}]}),
+        ("PodDisruptionBudget", "policy/v1", "berlin", {"maxUnavailable": 2}),
+        ("NetworkPolicy", "networking.k8s.io/v1", "berlin", {"podSelector": {}}),
+    ],
+)
+async def test_a_namesake_on_which_nothing_relies_stops_nothing_else(
+    berlin: World, kind: str, group: str, name: str, spec: dict[str, Any]
+) -> None:
+    await berlin.create()
+    await berlin.settle()
+    if await berlin.kube.get(kind, berlin.namespace, name):
+        await berlin.remove(kind, name)
+    meta = {"name": name, "namespace": berlin.namespace}
+    before = await berlin.kube.create({"apiVersion": group, "kind": kind, "metadata": meta, "spec": spec})
+    derpmap = from_json((await berlin.data("ConfigMap", "berlin-derpmap"))[names.MAP_JSON])
+    await berlin.change(replicas=4)
+    region = await berlin.settle()
+    assert (condition(region)["status"], condition(region)["reason"]) == ("False", "NameTaken")
+    assert f"{kind} {name} exists and does not belong to this region" in condition(region)["message"]
+    assert condition(region, "Stalled")["status"] == "True"
+    assert region["status"]["inMap"] == ("3/4" if name == "berlin-3" else "4/4")
+    after = from_json((await berlin.data("ConfigMap", "berlin-derpmap"))[names.MAP_JSON])
+    assert after.regions[900].nodes[:3] == derpmap.regions[900].nodes
+    found = await berlin.get(kind, name)
+    assert (found["spec"], found["metadata"].get("labels")) == (before["spec"], None)
+    await berlin.remove(kind, name)
+    region = await berlin.settle()
+    assert (condition(region)["status"], region["status"]["inMap"]) == ("True", "4/4")
 
 
 async def test_scaling_writes_in_the_order_that_clients_need(berlin: World) -> None:

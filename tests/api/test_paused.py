@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
+from derp_operator import names
 
 from .controlplane import ControlPlane
 from .world import Recorder, World, condition, world
@@ -69,13 +70,17 @@ async def test_whatever_happens_is_told_and_left_alone(berlin: World) -> None:
 async def test_what_is_no_longer_wanted_stays(berlin: World) -> None:
     await berlin.create()
     await berlin.settle()
-    await berlin.change(paused=True, exposure={"type": "HostPort"})
+    owner = (await berlin.get("Service", "berlin-0"))["metadata"]["ownerReferences"]
+    meta = {"name": "berlin-old", "namespace": berlin.namespace, "ownerReferences": owner}
+    old = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta | {"labels": names.labels("berlin")}}
+    await berlin.kube.create(old)
+    await berlin.change(paused=True)
     assert await written(berlin) == {"status"}
-    assert "Service berlin-2" in condition(await berlin.region())["message"]
-    await berlin.get("Service", "berlin-2")
+    assert "Waiting: ConfigMap berlin-old." in condition(await berlin.region())["message"]
+    await berlin.get("ConfigMap", "berlin-old")
     await berlin.change(paused=False)
     await berlin.settle()
-    assert await berlin.kube.get("Service", berlin.namespace, "berlin-2") is None
+    assert await berlin.kube.get("ConfigMap", berlin.namespace, "berlin-old") is None
 
 
 async def test_a_region_may_begin_paused(berlin: World) -> None:
