@@ -98,8 +98,8 @@ test-api: venv ## a real kube-apiserver (needs Go)
 test-e2e: venv ## the embedded cluster (needs Go, root and Linux)
 	@echo "==> end-to-end tests, on a real cluster"; $(BIN)/pytest tests/e2e -m "not faults" $(ARGS)
 
-test-faults: venv ## faults of nodes and of the cluster that take minutes (as test-e2e)
-	@echo "==> faults, on a real cluster"; $(BIN)/pytest tests/e2e -m faults $(ARGS)
+test-faults: venv ## faults and changes of a cluster that take long, about ten minutes (as test-e2e)
+	@echo "==> faults and slow changes, on a real cluster"; $(BIN)/pytest tests/e2e -m faults $(ARGS)
 
 tables: venv ## the tables of docs/changes.md, from what the last end-to-end tests noted
 	@$(RUN) tests.e2e.ledger

@@ -8,6 +8,7 @@ import secrets
 from collections.abc import AsyncIterator
 from typing import Any
 
+import pytest
 import pytest_asyncio
 
 from tests.interop.processes import HANG
@@ -61,6 +62,7 @@ async def test_certificates_are_rotated(kube: Kube, clients: Clients, record: Re
     assert (await kube.probe(DEMO.name, DEMO.namespace)).status == 0
 
 
+@pytest.mark.faults
 async def test_certificates_are_renewed_by_themselves(kube: Kube, clients: Clients, record: Record) -> None:
     """They are made for ten minutes and due after one half; then for a year again."""
     first = await kube.derp_map(DEMO.name, DEMO.namespace)
