@@ -116,7 +116,7 @@ async def apply(
         try:
             result[key] = await _apply_one(cluster, region, manifest, live.get(key))
         except ApiError as error:
-            if error.status not in REFUSALS:
+            if error.status not in REFUSALS or _is_another(error):
                 raise
             refused[key] = _refused(key, error)
             if manifest["kind"] not in INDEPENDENT:
@@ -150,6 +150,11 @@ async def _set_strategy(cluster: Cluster, region: Region, manifest: Object, live
 
 def _differs(region: Region, manifest: Object, current: Object) -> bool:
     return owned(region, manifest["kind"], current) and not in_force(manifest, current, names.MANAGER)
+
+
+def _is_another(error: ApiError) -> bool:
+    """Whether the object was replaced meanwhile: to the API server its uid is a field like any that must not change."""
+    return "metadata.uid" in error.words
 
 
 def _refused(key: Identity, error: ApiError) -> Finding:
