@@ -5,6 +5,7 @@ CEL rules are left out: tests/api has the real thing.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ def load_crd() -> dict[str, Any]:
     return crd
 
 
+@functools.cache
 def schema() -> dict[str, Any]:
     """The schema of a DerpRegion."""
     root: dict[str, Any] = load_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
