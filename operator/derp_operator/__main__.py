@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from . import names
@@ -20,7 +21,7 @@ from .counting import CountingCluster, Watches
 from .handlers import WatchError, watch
 from .health import Health, serve
 from .keyring import system_maker
-from .kube import ApiError, Kube
+from .kube import ApiError, Cluster, Kube
 from .leader import Leadership, LeaseLostError
 from .login import LoginError, login
 from .merge import merge
@@ -29,6 +30,7 @@ from .probe import ask
 from .queue import WorkQueue
 from .reconcile import Reconciler
 from .resolve import resolve
+from .rest import Rest
 
 PASS_TIMEOUT: Final = 60.0
 STUCK_AFTER: Final = 120.0
@@ -112,6 +114,7 @@ class Operator:
         self._reconciler = Reconciler(
             self._cluster, ask, resolve, system_maker(), chosen.relay_image, told=self._metrics.note
         )
+        self._rest = Rest(self._cluster, self._watches.told, time.monotonic)
         self._queue: WorkQueue[tuple[str, str]] = WorkQueue(
             self._work, clock=time.monotonic, random=random.random, workers=chosen.workers
         )
@@ -188,12 +191,17 @@ class Operator:
             self._metrics.seconds += time.monotonic() - started
 
     async def _pass(self, namespace: str, region: str) -> float | None:
-        if region:
-            return await self._reconciler.reconcile(namespace, region)
-        return await merge(self._cluster, namespace)
+        if not region:
+            return await merge(self._cluster, namespace)
+
+        async def work(cluster: Cluster) -> float | None:
+            return await replace(self._reconciler, cluster=cluster).reconcile(namespace, region)
+
+        return await self._rest.run((namespace, region), work)
 
     def _changed(self, item: Mapping[str, Any], deleted: bool, key: tuple[str, str]) -> None:
         self._watches.event(item, deleted=deleted)
+        self._rest.changed(key)
         namespace, region = key
         if region:
             self._queue.add(key)

@@ -44,6 +44,11 @@ class Watches:
             since, _ = self._late.get(uid, (now, now))
             self._late[uid] = since, now
 
+    def told(self, item: Mapping[str, Any]) -> bool:
+        """Whether the last event about `item` was about this very version."""
+        uid, version = _version(item)
+        return self._seen.get(uid) == version
+
     def lag(self) -> float:
         """For how many seconds the watches have kept something to themselves."""
         recent = self._clock() - FORGOTTEN_AFTER
