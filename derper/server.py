@@ -212,6 +212,7 @@ class Relay:
         state = self.state
         if self.hub is None and state.private_key is not None:
             self.hub = Hub(state.private_key, self.admission, number=self.number)
+            self.hub.router.waits = bool(self.config.settings)
             self.mesh = Mesh(self.hub, rng=self._rng, timings=self._timings.mesh)
             self.hub.mesh_peer_seen = self.mesh.seen
             self._rebalance = Rebalance(self.hub, self.mesh, self._rng)

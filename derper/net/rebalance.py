@@ -83,7 +83,6 @@ class Rebalance:
         self._sent[key] = self._hub.clock()
         self._hub.counters.sent_back += 1
         link.close()
-        self._hub.router.moves.left(key)  # packets for it follow
 
     def _forget(self) -> None:
         now = self._hub.clock()

@@ -1,8 +1,8 @@
-"""Clients that move to another node of the region, and the packets that come for them meanwhile.
+"""Clients that connect anew, here or at another node of the region, and the packets that come for them meanwhile.
 
-When a node drains or dies, its clients log in elsewhere within milliseconds, and the mesh tells where.  Stock derper
-drops what comes in between; the senders' TCP repeats it after 200 ms or more.  Here some packets wait instead, for a
-short time, and follow the client when it is found.
+When a node drains or dies, its clients log in elsewhere within milliseconds, and the mesh tells where; when the DERP
+map changes, all clients of the region connect anew.  Stock derper drops what comes in between; the senders' TCP repeats
+it after 200 ms or more.  Here some packets wait instead, for a short time, and follow the client when it is found.
 
 A client that leaves a node for good looks the same, so what waits for it is dropped a little later than otherwise.
 """
@@ -37,6 +37,7 @@ class Moves:
         self._counters = counters
         self._turn = 0
         self._left: dict[bytes, int] = {}  # key -> the turn in which it left, the first one first
+        self._left_here: set[bytes] = set()  # those of them that were on this node
         self._waiting: dict[bytes, deque[Held]] = {}
         self._held = 0
 
@@ -44,14 +45,19 @@ class Moves:
         """Whether anybody may still come back."""
         return bool(self._left)
 
-    def left(self, key: bytes) -> None:
-        """No node has this client any more."""
-        self._left.pop(key, None)
+    def left(self, key: bytes, *, here: bool = False) -> None:
+        """No node has this client any more; `here`: this node had it."""
+        self._forget(key)
         self._left[key] = self._turn
+        if here:
+            self._left_here.add(key)
 
-    def hold(self, source: bytes, dst: bytes, run: bytes) -> bool:
-        """Keep a run of RECV_PACKET frames for `dst`; false if it is not known to move, or there is no room."""
-        if dst not in self._left or self._held >= _MOST_HELD:
+    def hold(self, source: bytes, dst: bytes, run: bytes, *, forwarded: bool = False) -> bool:
+        """Keep a run of RECV_PACKET frames for `dst`; false if it is not known to move, or there is no room.
+
+        What was `forwarded` by another node waits for those who were here: its sender was right a moment ago.
+        """
+        if dst not in self._left or self._held >= _MOST_HELD or (forwarded and dst not in self._left_here):
             return False
         waiting = self._waiting.setdefault(dst, deque())
         for frame in frames_of(run):
@@ -63,7 +69,7 @@ class Moves:
 
     def found(self, key: bytes) -> list[Held]:
         """The client is somewhere again: what waited for it, to be sent there."""
-        if self._left.pop(key, None) is None:
+        if not self._forget(key):
             return []
         packets = self._take(key)
         self._counters.moved += len(packets)
@@ -78,8 +84,12 @@ class Moves:
                 break
             late.append(key)
         for key in late:
-            del self._left[key]
+            self._forget(key)
         return [(key, packet) for key in late for packet in self._take(key)]
+
+    def _forget(self, key: bytes) -> bool:
+        self._left_here.discard(key)
+        return self._left.pop(key, None) is not None
 
     def _take(self, key: bytes) -> list[Held]:
         packets = list(self._waiting.pop(key, ()))

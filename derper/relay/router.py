@@ -12,7 +12,7 @@ The table holds these kinds of facts:
   sessions that received packets from it, which are told when it leaves the region.
 
 A client of this node always wins over a forwarder.  A forwarded packet is never forwarded again, but for those that
-wait on a node that drains: nobody can be there again, so it is no circle.
+came for a client that had just left: they follow it, once for each time that it moves.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ class Router:
         self.watchers: set[Session] = set()
         self.moves = Moves(counters)
         self.draining = False  # who leaves now moves to another node
+        self.waits = False  # who leaves is expected back, here or at another node
         self.node = Node(self, number)
         self.elsewhere = self.node.elsewhere
         #: Called when there is news for the watchers.  Whoever replaces it may collect more, but calls `tell` soon.
@@ -139,8 +140,8 @@ class Router:
     def left_node(self, key: bytes) -> None:
         """No worker of this node has a session with this key any more: tell those who care."""
         if key not in self.forwarders:
-            if self.draining:
-                self.moves.left(key)
+            if self.draining or self.waits:
+                self.moves.left(key, here=True)
             self._gone_from_region(key)
         self.broadcast(frames.peer_gone(key, PeerGoneReason.DISCONNECTED))
         self.counters.peer_gone_disconnected_frames += len(self.watchers)

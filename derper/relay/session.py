@@ -316,7 +316,7 @@ class Session:
         if target is not None:
             target.deliver(src, b"".join(run), len(run), now)
             return
-        if self.router.draining and self.router.moves.hold(src, dst, b"".join(run)):
+        if self.router.moves.hold(src, dst, b"".join(run), forwarded=True):
             return
         for frame in run:
             self.undeliverable(dst, bytes(frame[KEYED:]), DropReason.UNKNOWN_DEST_ON_FWD, now)

@@ -130,6 +130,17 @@ def test_who_leaves_this_node_is_gone_unless_it_drains(bench: Bench, alice: Benc
     assert packets(other) == [(key(1), key(2), b"wait")]
 
 
+def test_in_a_region_who_leaves_may_come_back(bench: Bench, alice: BenchClient) -> None:
+    """When the DERP map changes all clients connect anew."""
+    bench.router.waits = True
+    peer = bench.client(9, mesh=True)
+    bench.leave(bench.client(2))
+    send(alice, b"one")
+    peer.feed(frames.forward_packet(key(3), key(2), b"two"))
+    assert [event.data for event in arrive(bench).received() if isinstance(event, ReceivedPacket)] == [b"one", b"two"]
+    assert bench.dropped() == {}
+
+
 def test_a_node_that_drains_sends_on_what_others_sent_it(bench: Bench) -> None:
     peer, bob = bench.client(9, mesh=True), bench.client(2)
     forwarded = frames.forward_packet(key(3), key(2), b"from afar")
