@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from dev.cluster import prepare, state
+from dev.cluster import controlplane, prepare, state
 from dev.cluster.lifecycle import Cluster
 from dev.cluster.state import Paths
 from dev.cluster.steps import ClusterError, Steps, UnsupportedError
@@ -40,6 +40,10 @@ def parser() -> argparse.ArgumentParser:
     kill.add_argument("name")
     start = commands.add_parser("node-start", help="bring a lost node back")
     start.add_argument("name")
+    kill = commands.add_parser("daemon-kill", help="lose a part of the control plane")
+    kill.add_argument("name", choices=controlplane.ROLES)
+    start = commands.add_parser("daemon-start", help="bring it back")
+    start.add_argument("name", choices=controlplane.ROLES)
     return top
 
 
@@ -81,6 +85,10 @@ def execute(arguments: argparse.Namespace, paths: Paths, steps: Steps) -> int:
                 cluster.kill_node(arguments.name)
             case "node-start":
                 cluster.start_node(arguments.name)
+            case "daemon-kill":
+                cluster.kill_daemon(arguments.name)
+            case "daemon-start":
+                cluster.start_daemon(arguments.name)
     return 0
 
 

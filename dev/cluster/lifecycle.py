@@ -173,8 +173,9 @@ class Cluster:
         processes.end([process for process in processes.find() if process.role == role], signal.SIGKILL)
 
     def start_daemon(self, role: str) -> None:
-        """Bring it back, with what it had stored."""
+        """Bring it back, with what it had stored; returns when the API server answers."""
         controlplane.start_one(role, self._paths, KUBERNETES.directory(self._paths), ETCD.directory(self._paths))
+        wait_for(Api(self._paths.pki).ready, otherwise="the API server did not become ready")
 
     def down(self) -> None:
         """End all processes and take away everything that `leftovers` would list."""

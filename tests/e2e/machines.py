@@ -6,12 +6,11 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-from dev.cluster import network, node, processes, state
-from dev.cluster.lifecycle import Cluster
-from dev.cluster.steps import Steps
+from dev.cluster import network, node, processes
 
 from .kube import Kube, Object
 
@@ -45,25 +44,26 @@ class Machine:
     @contextlib.asynccontextmanager
     async def lost(self) -> AsyncIterator[None]:
         """Without power until the end of the block."""
-        await asyncio.to_thread(_cluster().kill_node, self.node.name)
+        await _cluster(self._kube, "node-kill", self.node.name)
         try:
             yield
         finally:
-            await asyncio.to_thread(_cluster().start_node, self.node.name)
+            await _cluster(self._kube, "node-start", self.node.name)
 
 
-def _cluster() -> Cluster:
-    return Cluster(state.paths(os.environ), Steps())
+async def _cluster(kube: Kube, *arguments: str) -> None:
+    done = await kube.command(sys.executable, "-m", "dev.cluster", *arguments)
+    assert done.status == 0, done.err
 
 
 @contextlib.asynccontextmanager
-async def daemon_down(role: str) -> AsyncIterator[None]:
+async def daemon_down(kube: Kube, role: str) -> AsyncIterator[None]:
     """A part of the control plane is gone until the end of the block."""
-    await asyncio.to_thread(_cluster().kill_daemon, role)
+    await _cluster(kube, "daemon-kill", role)
     try:
         yield
     finally:
-        await asyncio.to_thread(_cluster().start_daemon, role)
+        await _cluster(kube, "daemon-start", role)
 
 
 def machine_of(kube: Kube, pod: Object) -> Machine:

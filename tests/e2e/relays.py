@@ -76,7 +76,10 @@ async def _operators(kube: Kube) -> list[Object]:
 
 
 async def _passes(kube: Kube) -> int:
-    """Passes over regions that the operator has finished; 0 while it waits for the lease."""
+    """Passes over regions that the operator has finished; 0 while it starts or waits for the lease."""
     [operator] = [pod for pod in await _operators(kube) if "deletionTimestamp" not in pod["metadata"]]
-    found = _PASSES.search(await _get(f"http://{operator['status']['podIP']}:{OPERATOR_METRICS}/metrics"))
+    try:
+        found = _PASSES.search(await _get(f"http://{operator['status']['podIP']}:{OPERATOR_METRICS}/metrics"))
+    except aiohttp.ClientConnectorError:
+        return 0
     return int(found[1]) if found else 0

@@ -147,7 +147,7 @@ async def test_the_keys_are_deleted(kube: Kube, clients: Clients, record: Record
 @pytest.mark.faults
 async def test_the_api_server_is_down_for_a_minute(kube: Kube, clients: Clients, record: Record) -> None:
     async with clients.notice() as seen:
-        async with machines.daemon_down("kube-apiserver"):
+        async with machines.daemon_down(kube, "kube-apiserver"):
             await asyncio.sleep(60)
         await relays.operator_passes(kube, DEMO, 1)
         await kube.ready(DEMO.name, DEMO.namespace)
