@@ -64,6 +64,11 @@ class Seen:
         return sum(summary.failed for summary in self.streams.values())
 
     @property
+    def failing(self) -> set[str]:
+        """The streams, by the letters of sender and receiver, in which a request failed."""
+        return {pair for pair, summary in self.streams.items() if summary.failed}
+
+    @property
     def stall(self) -> float:
         """Milliseconds, the longest of all streams."""
         return max(summary.longest_stall_ms for summary in self.streams.values())
