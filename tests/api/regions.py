@@ -32,6 +32,8 @@ from .world import connection, revision
 NAMESPACE: Final = "default"
 REPLICAS: Final = 3
 PORT: Final = 18080
+QUIET: Final = 75.0
+"""Seconds without a read after which all regions are at rest."""
 
 
 def main() -> None:
@@ -70,14 +72,16 @@ async def _measure(chosen: argparse.Namespace) -> None:
 
 
 def _resync(operator: subprocess.Popen[str], regions: int) -> None:
-    """From the start of a process to its last first look, and one round more, in which it comes to rest."""
-    began = time.monotonic()
-    passes = 0
-    while passes < regions:
+    """From the start of a process until it reads nothing for as long as a region rests between two looks."""
+    began = last = time.monotonic()
+    before = -1
+    while time.monotonic() < last + QUIET:
         time.sleep(0.5)
-        passes = _report(operator)["passes"]
-    print(f"a new operator has looked at all after {time.monotonic() - began:.1f} s, its start included")
-    time.sleep(75)
+        report = _report(operator)
+        reads = report["requests"].get("GET", 0)
+        if reads != before or report["passes"] < regions:
+            before, last = reads, time.monotonic()
+    print(f"a new operator has read all, and is at rest, after {last - began:.1f} s")
 
 
 def _rest(operator: subprocess.Popen[str], seconds: float) -> None:
