@@ -191,14 +191,16 @@ def read_pair(cert_path: Path, key_path: Path) -> CertificatePair:
     return load_pair(_read(cert_path), _read(key_path), cert=str(cert_path), key=str(key_path))
 
 
-def check(certificate: x509.Certificate, *, now: datetime, name: str = "", source: str = "The certificate") -> None:
-    """Check the validity at `now`, and that the certificate is for `name` unless that is empty.
+def check(
+    certificate: x509.Certificate, *, now: datetime | None, name: str = "", source: str = "The certificate"
+) -> None:
+    """Check the validity at `now` unless that is None, and that the certificate is for `name` unless that is empty.
 
     `source` names it in errors. Raises CertificateError.
     """
-    if now > certificate.not_valid_after_utc:
+    if now is not None and now > certificate.not_valid_after_utc:
         raise CertificateError(f"{source} expired on {_shown(certificate.not_valid_after_utc)}; renew it.")
-    if now < certificate.not_valid_before_utc:
+    if now is not None and now < certificate.not_valid_before_utc:
         begin = _shown(certificate.not_valid_before_utc)
         raise CertificateError(f"{source} is not valid before {begin}; is the clock right?")
     if name and not matches(certificate, name):
@@ -206,10 +208,11 @@ def check(certificate: x509.Certificate, *, now: datetime, name: str = "", sourc
         raise CertificateError(f"{source} is not for {name}; it is for {own}.")
 
 
-def verify_pin(presented: Sequence[x509.Certificate], want: str, *, server_name: str, now: datetime) -> None:
+def verify_pin(presented: Sequence[x509.Certificate], want: str, *, server_name: str, now: datetime | None) -> None:
     """Check what a server presented against a pin, as clients do (tlsdial.SetConfigExpectedCertHash).
 
-    `want` is the CertName or its hex digits; their case matters. `server_name` is the SNI sent, empty if none was.
+    `want` is the CertName or its hex digits; their case matters. `server_name` is the SNI sent, empty if none was;
+    `now` is None if the certificate's dates do not matter.
     Raises CertificateError.
     """
     digits = want.removeprefix(PIN_PREFIX)

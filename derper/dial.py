@@ -56,6 +56,7 @@ class Endpoint:
     host_name: str  #: sent as SNI unless it is an IP address, and as HTTP host
     cert_name: str = ""  #: ``sha256-raw:<hex>``, or a name that the certificate must carry, or empty: `host_name`
     insecure: bool = False
+    timeless: bool = False  #: take the pinned certificate whatever its dates are
     roots: ssl.SSLContext | None = None  #: trust these authorities and not the system's
 
     def __str__(self) -> str:
@@ -160,7 +161,8 @@ def check_peer(endpoint: Endpoint, presented: Sequence[x509.Certificate], now: d
         return
     server_name = "" if certs.ip_address_of(endpoint.host_name) else endpoint.host_name
     if endpoint.cert_name.startswith(certs.PIN_PREFIX):
-        certs.verify_pin(presented, endpoint.cert_name, server_name=server_name, now=now)
+        when = None if endpoint.timeless else now
+        certs.verify_pin(presented, endpoint.cert_name, server_name=server_name, now=when)
     else:
         certs.check(presented[0], now=now, name=endpoint.cert_name or endpoint.host_name, source="The certificate")
 

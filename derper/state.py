@@ -29,7 +29,7 @@ from .net.tls import check_usable
 from .relay.admission import AdmissionPolicy, KeyListError, parse_key_list
 from .relay.limits import Limits, RateConfigError, parse_rate_config
 from .relay.proxies import Proxies
-from .settings import Settings, parse_settings
+from .settings import NodeSettings, Settings, parse_settings
 from .wire.keys import MeshKeys, NodePrivate
 
 __all__ = ["RelayState"]
@@ -148,13 +148,8 @@ class RelayState:
                 entry.name: Peer(entry.name, Endpoint((entry.dial_host,), entry.port, entry.host))
                 for entry in self.config.mesh_with
             }
-        return {
-            name: Peer(
-                name, Endpoint((node.dial_host,), node.dial_port, node.host_name, node.cert_name), node.server_key
-            )
-            for name, node in self.settings.nodes.items()
-            if name != self.config.node
-        }
+        others = {name: node for name, node in self.settings.nodes.items() if name != self.config.node}
+        return {name: Peer(name, _endpoint(node), node.server_key) for name, node in others.items()}
 
     def rebalancing(self) -> Rebalancing:
         """Which clients to send to another node, and how fast."""
@@ -325,6 +320,11 @@ class RelayState:
             limits.client_bytes_per_second,
             limits.client_burst_bytes,
         )
+
+
+def _endpoint(node: NodeSettings) -> Endpoint:
+    """A node of the region is known by its pin and its key: a clock that is wrong does not end the mesh."""
+    return Endpoint((node.dial_host,), node.dial_port, node.host_name, node.cert_name, timeless=True)
 
 
 def _flag_limits(config: Config) -> Limits:

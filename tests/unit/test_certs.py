@@ -268,6 +268,14 @@ def test_verify_pin_accepts_what_clients_accept(pair: CertificatePair) -> None:
     certs.verify_pin([leaf], want, server_name="198.18.0.7", now=NOW)
 
 
+def test_verify_pin_without_a_time_takes_any_dates(pair: CertificatePair) -> None:
+    leaf = pair.leaf
+    for now in (leaf.not_valid_before_utc - certs.YEAR, leaf.not_valid_after_utc + certs.YEAR):
+        with pytest.raises(CertificateError):
+            certs.verify_pin([leaf], certs.pin(leaf), server_name=NAME, now=now)
+    certs.verify_pin([leaf], certs.pin(leaf), server_name=NAME, now=None)
+
+
 def test_verify_pin_refuses_what_clients_refuse(pair: CertificatePair) -> None:
     leaf, want = pair.leaf, certs.pin(pair.leaf)
     other = certs.self_signed([NAME], now=NOW).leaf

@@ -379,3 +379,20 @@ async def test_status_of_a_relay_without_anything(region: Region) -> None:
         code, text = await get(node.metrics_port, "/metrics")
         assert code == 200
         assert "\nderper_ready 0\n" in text
+
+
+async def test_a_clock_that_is_wrong_does_not_end_the_mesh(region: Region, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes know each other by pins and keys. Clients, as stock ones, look at the dates, too."""
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: object = None) -> Later:
+            return cls(2200, 1, 1, tzinfo=UTC)
+
+    first, second, _ = region.nodes
+    region.write(first, second)
+    monkeypatch.setattr("derper.dial.datetime", Later)
+    async with running(first.relay, second.relay):
+        await until(lambda: first.meshed(second) and second.meshed(first))
+        with pytest.raises(DialError, match="expired on"):
+            await first.dial(ALICE)
