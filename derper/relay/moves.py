@@ -39,7 +39,7 @@ class Moves:
         self._left: dict[bytes, int] = {}  # key -> the turn in which it left, the first one first
         self._left_here: set[bytes] = set()  # those of them that were on this node
         self._waiting: dict[bytes, deque[Held]] = {}
-        self._held = 0
+        self.held = 0  #: packets that wait
 
     def __bool__(self) -> bool:
         """Whether anybody may still come back."""
@@ -57,14 +57,14 @@ class Moves:
 
         What was `forwarded` by another node waits for those who were here: its sender was right a moment ago.
         """
-        if dst not in self._left or self._held >= _MOST_HELD or (forwarded and dst not in self._left_here):
+        if dst not in self._left or self.held >= _MOST_HELD or (forwarded and dst not in self._left_here):
             return False
         waiting = self._waiting.setdefault(dst, deque())
         for frame in frames_of(run):
             if len(waiting) >= QUEUE_DEPTH:
                 self._drop(waiting.popleft())
             waiting.append(Held(source, frame))
-            self._held += 1
+            self.held += 1
         return True
 
     def found(self, key: bytes) -> list[Held]:
@@ -93,10 +93,10 @@ class Moves:
 
     def _take(self, key: bytes) -> list[Held]:
         packets = list(self._waiting.pop(key, ()))
-        self._held -= len(packets)
+        self.held -= len(packets)
         return packets
 
     def _drop(self, oldest: Held) -> None:
         packet = oldest.frame[KEYED:]
-        self._held -= 1
+        self.held -= 1
         self._counters.drop(DropReason.QUEUE_HEAD, frames.is_disco(packet), len(packet))
