@@ -127,14 +127,14 @@ async def test_nodes_with_something_of_their_own(berlin: World) -> None:
     template = (await berlin.get("StatefulSet", "berlin"))["spec"]["template"]
     own: list[Object] = [
         {"ordinal": 0, "ipv4": "203.0.113.1", "derpPort": 443, "stunPort": 3478},
-        {"ordinal": 1, "derpNodePort": 30060, "stunNodePort": 30061, "annotations": {"a": "{pod}"}},
+        {"ordinal": 1, "derpNodePort": 30080, "stunNodePort": 30081, "annotations": {"a": "{pod}"}},
         {"ordinal": 7, "ipv4": "203.0.113.7"},
     ]
     await berlin.change(nodes=own)
     assert condition(await berlin.settle())["status"] == "True"
     first, second, third = await nodes(berlin)
     assert (first.ipv4, first.ipv6, first.derp_port, first.stun_port) == ("203.0.113.1", "none", 443, 3478)
-    assert (second.ipv4, second.derp_port, second.stun_port) == ("198.18.255.12", 30060, 30061)
+    assert (second.ipv4, second.derp_port, second.stun_port) == ("198.18.255.12", 30080, 30081)
     assert third.ipv4 == "198.18.255.13"
     assert (await berlin.get("Service", "berlin-1"))["metadata"]["annotations"] == {"a": "berlin-1"}
     assert await quiet(berlin)
