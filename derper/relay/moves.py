@@ -52,6 +52,11 @@ class Moves:
         if here:
             self._left_here.add(key)
 
+    def expect(self, key: bytes) -> None:
+        """This client may be about to come: another worker may have let it in a moment ago."""
+        if self.held < _MOST_HELD:
+            self._left.setdefault(key, self._turn)
+
     def hold(self, source: bytes, dst: bytes, run: bytes, *, forwarded: bool = False) -> bool:
         """Keep a run of RECV_PACKET frames for `dst`; false if it is not known to move, or there is no room.
 

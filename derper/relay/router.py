@@ -256,6 +256,12 @@ class Router:
                 self.moves.left(key)
                 self._gone_from_region(key)
 
+    def hold(self, source: bytes, dst: bytes, run: bytes) -> bool:
+        """Keep a run for a client that is nowhere now but may soon be somewhere; false if there is none such."""
+        if self.node.siblings:
+            self.moves.expect(dst)  # their news come a little later than their clients' first packets
+        return self.moves.hold(source, dst, run)
+
     def give_up(self, now: float) -> None:
         """Drop what waits for clients that left long enough ago.  Call it each 0.1 s."""
         for dst, held in self.moves.turn():

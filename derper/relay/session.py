@@ -258,7 +258,7 @@ class Session:
         if leads is not None:
             leads[0].forward(self.key, dst, chunk)
             return
-        if router.moves.hold(self.key, dst, chunk):
+        if router.hold(self.key, dst, chunk):
             return
         for packet in packets_of(chunk):
             self.undeliverable(dst, packet, DropReason.UNKNOWN_DEST, now)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, rule
 
 from derper.relay import consistency
+from derper.relay.moves import PATIENCE
 from derper.relay.siblings import MAX_FRAME, QUEUE_PACKETS, Sibling
 from derper.wire import frames
 from derper.wire.client import PeerGone, PeerPresent, ReceivedPacket
@@ -205,9 +206,20 @@ def test_a_client_of_the_node_wins_over_other_nodes(workers: Workers) -> None:
     assert not link.forwarded
 
 
+def test_a_packet_may_be_faster_than_the_news_of_a_login(workers: Workers) -> None:
+    alice, bob = workers[0].client(1), workers[1].client(2)
+    alice.feed(frames.send_packet(bob.key, b"hello"))
+    workers.settle()
+    assert bob.received() == [ReceivedPacket(alice.key, b"hello")]
+    assert workers[0].dropped() == {}
+
+
 def test_nobody_has_it(workers: Workers) -> None:
     alice = workers[0].client(1)
     alice.feed(frames.send_packet(key(2), DISCO))
+    assert (alice.received(), workers[0].dropped()) == ([], {})  # it might come in this moment
+    for _ in range(PATIENCE):
+        workers[0].router.give_up(0.0)
     assert alice.received() == [PeerGone(key(2), PeerGoneReason.NOT_HERE)]
     assert workers[0].dropped() == {"unknown_dest": 1}
 
