@@ -339,7 +339,7 @@ class Relay:
     async def _follow_files(self) -> None:
         while True:
             asked = await self._next_look()
-            self._memory.look(self.connections)
+            self._memory.look(self.connections, self._most_links())
             if self._rebalance is not None:
                 self._rebalance.look(utc_now())
             try:
@@ -359,6 +359,13 @@ class Relay:
         """Of clients and peers, and those on their way to be one."""
         links = len(self.hub.links) if self.hub is not None else 0
         return links + (self.listener.arrivals if self.listener is not None else 0)
+
+    def _most_links(self) -> int:
+        """Since the last call: a wave may come and go between two looks."""
+        if self.hub is None:
+            return 0
+        most, self.hub.most_links = self.hub.most_links, len(self.hub.links)
+        return most
 
     async def _next_look(self) -> bool:
         """Wait until it is time to look at the files; whether somebody asked for it."""

@@ -64,6 +64,7 @@ class Hub:
         self.clock = self.loop.time
         self.tells_tcp_info = tells_tcp_info()
         self.links: set[Link] = set()
+        self.most_links = 0  # at a time, since somebody has looked
         self.link_lost = asyncio.Event()  # set whenever a link closes
         self.paused: set[Link] = set()  # those whose socket is full
         self.stalls = Stalls()

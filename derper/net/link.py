@@ -70,6 +70,7 @@ class Link(asyncio.BufferedProtocol):
         transport.set_protocol(self)
         transport.set_write_buffer_limits(high=_WRITE_HIGH_WATER)
         hub.links.add(self)
+        hub.most_links = max(hub.most_links, len(hub.links))
         hub.counters.accepts += 1
         if version := self.tls_version:
             hub.counters.http_requests[version] += 1

@@ -30,11 +30,11 @@ class Memory:
         self._most = 0
         self._last = 0
 
-    def look(self, connections: int) -> None:
-        """So many connections are open."""
+    def look(self, connections: int, most: int = 0) -> None:
+        """So many connections are open, and since the last look there were `most` at a time."""
         falling = connections < self._last
         self._last = connections
-        self._most = max(self._most, connections)
+        self._most = max(self._most, most, connections)
         if not falling and self._most - connections >= max(_WAVE, self._most // 2):
             self._most = connections
             self._trim()

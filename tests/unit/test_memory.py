@@ -29,5 +29,16 @@ def test_trims(connections: list[int], trims: list[int]) -> None:
     assert found == trims
 
 
+def test_a_wave_between_two_looks_is_seen() -> None:
+    calls: list[int] = []
+    memory = Memory(lambda: calls.append(1))
+    memory.look(0, most=0)
+    memory.look(100, most=100)
+    memory.look(0, most=1000)
+    assert not calls
+    memory.look(0, most=0)
+    assert calls == [1]
+
+
 def test_the_real_one_does_no_harm() -> None:
     trim()
