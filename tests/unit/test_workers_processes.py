@@ -66,7 +66,8 @@ class Workers(Child):
         return found
 
     async def ready(self) -> Any:
-        return await self.until(lambda found: all(row["ready"] for row in found["workers"]))
+        """Both workers, and the port: it opens after them."""
+        return await self.until(lambda found: found["ready"] and all(row["ready"] for row in found["workers"]))
 
     async def pids(self) -> list[int]:
         return [row["pid"] for row in (await self.status())["workers"]]
