@@ -6,7 +6,8 @@ import asyncio
 import hashlib
 import json
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,10 @@ class Node(OurDerper):
             raise AssertionError(f"after {HANG:g} s the status still is {status}") from None
         return status
 
+    async def until_meshed(self) -> None:
+        """Wait for the links to all others."""
+        await self.until(lambda status: all(link["connected"] for link in status["mesh"].values()))
+
     async def metrics_get(self, path: str) -> str:
         """The answer's body, whatever its status."""
         url = f"http://{self.address}:{METRICS_PORT}{path}"
@@ -126,3 +131,14 @@ class Region:
     def map(self, order: Sequence[int] | None = None) -> DERPMap:
         """The region's DERP map; `order` lists the nodes by number, for clients that are to prefer another one."""
         return derp_map(self.nodes[i].node(f"900{'abcdefgh'[i]}") for i in order or range(len(self.nodes)))
+
+
+@asynccontextmanager
+async def meshed(region: Region) -> AsyncIterator[Region]:
+    """All relays of the region run, and are meshed."""
+    async with AsyncExitStack() as stack:
+        for node in region.nodes:
+            await stack.enter_async_context(node)
+        for node in region.nodes:
+            await node.until_meshed()
+        yield region

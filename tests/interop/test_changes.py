@@ -153,7 +153,7 @@ async def test_packets_follow_a_client_that_moves(
     region = Region(addresses, tmp_path / "three", 3)
     await asyncio.gather(*map(relays.start, region.nodes))
     for node in region.nodes:
-        await node.until(lambda status: all(link["connected"] for link in status["mesh"].values()))
+        await node.until_meshed()
     last, there = region.nodes[-1], {"map": region.map(), "region": 900, "node": "900c"}
     sender = await clients.dial(**there)
     for node, name, end in ((region.nodes[0], "900a", "stop"), (region.nodes[1], "900b", "kill")):

@@ -92,7 +92,7 @@ async def test_a_full_disk(addresses: Iterator[str], tmp_path: Path, relays: Rel
 async def both_serve(region: Region, peers: Peers, tmp_path: Path) -> None:
     """Clients talk through the first relay alone, and through the mesh between it and a sound one."""
     for node in region.nodes:
-        await node.until(lambda status: all(link["connected"] for link in status["mesh"].values()))
+        await node.until_meshed()
     async with TailnetHarness(peers.peers, region.map(), tmp_path / "net") as net:
         assert await net.connected("a") == await net.connected("b") == "900a"
         summary = await net.http("a", "b", count=20)

@@ -18,19 +18,13 @@ from derper.derpmap import from_json
 
 from .gobuild import Peers
 from .peers import GoClients, TailnetHarness
-from .region import Node, Region
+from .region import Node, Region, meshed
 from .relays import DERPMap
 
 
 @pytest.fixture
 async def region(addresses: Iterator[str], tmp_path: Path) -> AsyncIterator[Region]:
-    """Three relays that are meshed."""
-    region = Region(addresses, tmp_path / "region", 3)
-    async with AsyncExitStack() as stack:
-        for node in region.nodes:
-            await stack.enter_async_context(node)
-        for node in region.nodes:
-            await node.until(lambda status: all(link["connected"] for link in status["mesh"].values()))
+    async with meshed(Region(addresses, tmp_path / "region", 3)) as region:
         yield region
 
 

@@ -206,7 +206,7 @@ async def test_a_pinned_region(peers: Peers, relays: Relays, addresses: Iterator
     for node in region.nodes:
         await relays.start(node)
     for node in region.nodes:
-        await node.until(lambda status: all(link["connected"] for link in status["mesh"].values()))
+        await node.until_meshed()
     nodes = [node.node(name, IPv6="") for node, name in zip(region.nodes, NAMES, strict=True)]
     (tmp_path / "map.json").write_text(json.dumps(derp_map(nodes)))
     status, good, output = await probed_once(peers.derpprobe, tmp_path / "map.json")

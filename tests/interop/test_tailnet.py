@@ -5,25 +5,18 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 
 from .gobuild import Peers
 from .peers import TailnetHarness
-from .region import Region
+from .region import Region, meshed
 
 
 @pytest.fixture
 async def region(addresses: Iterator[str], tmp_path: Path) -> AsyncIterator[Region]:
-    """Three relays that are meshed."""
-    region = Region(addresses, tmp_path / "region", 3)
-    async with AsyncExitStack() as stack:
-        for node in region.nodes:
-            await stack.enter_async_context(node)
-        for node in region.nodes:
-            await node.until(lambda status: all(link["connected"] for link in status["mesh"].values()))
+    async with meshed(Region(addresses, tmp_path / "region", 3)) as region:
         yield region
 
 
@@ -95,7 +88,7 @@ async def test_relays_restart_one_after_the_other(net: TailnetHarness, region: R
         await node.stop()
         await node.start()
         for other in region.nodes:
-            await other.until(lambda status: all(link["connected"] for link in status["mesh"].values()))
+            await other.until_meshed()
         await traffic.next_ok(10)
     summary = await traffic.stop()
     print(summary)
